@@ -1,0 +1,82 @@
+"""What every backend is handed, and what it must be able to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+class Affine(NamedTuple):
+    """Per-channel (t - mean) * scale + bias; an absent member is left out of the formula."""
+
+    scale: Tensor | None = None  # (C,)
+    bias: Tensor | None = None  # (C,)
+    mean: Tensor | None = None  # (C,)
+
+
+class Norm(NamedTuple):
+    """One batch norm at one call, with `torch.nn.functional.batch_norm`'s members and meaning.
+
+    training: statistics come from the batch, and the running ones, where given, move by `momentum`.
+    Otherwise the running ones are used as they are (eval mode, frozen).
+    """
+
+    weight: Tensor | None = None  # (C,)
+    bias: Tensor | None = None  # (C,)
+    running_mean: Tensor | None = None  # (C,)
+    running_var: Tensor | None = None  # (C,)
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+class Statistics(IntEnum):
+    """Where a branch's statistics come from; an integer in the operator schemas."""
+
+    ABSENT = 0
+    BATCH = 1
+    RUNNING = 2
+
+
+class Request(NamedTuple):
+    """What a backend may know of a call before it accepts it: metadata only, so that the choice can be cached."""
+
+    op: str
+    device: str  # "cpu", "cuda"
+    dtype: torch.dtype
+    layout: str  # "contiguous", "channels_last", "both" (such as 1x1 pixels), "strided"
+    act: str
+    statistics: int = 0
+    parameter_dtype: torch.dtype | str | None = None  # "mixed" when they differ
+    residual_dtype: torch.dtype | None = None
+    residual_layout: str | None = None
+    residual_statistics: int = 0
+    gate_dtype: torch.dtype | None = None
+    empty: bool = False
+    subclass: bool = False
+    compiling: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """One way to compute the ops.
+
+    Either `plain` holds the ops as functions of ordinary operations, which autograd and torch.compile see through,
+    or the backend owns kernels: `<op>_forward` and `<op>_backward` for the schemas of `fusedres.ops`, registered for
+    the dispatch keys `keys` in the namespace `fusedres_<name>`. `kernels` holds those that are written in Python; a
+    compiled library registers its own.
+
+    Args:
+        name: the word for `use_backend` and FUSEDRES_BACKEND.
+        objection: why it can't serve a request, as one sentence with the remedy, or None.
+    """
+
+    name: str
+    objection: Callable[[Request], str | None]
+    plain: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    kernels: Mapping[str, Callable[..., object]] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()

@@ -1,0 +1,91 @@
+"""The meaning of every op in plain aten; every other backend is tested against it.
+
+    y = act(k * BN_x(x) + BN_r(r))
+
+It registers nothing: autograd, double backward and torch.compile see ordinary operations, those that eager runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedres.backends import Affine, Backend, Norm, Request
+from fusedres.epilogue import RELU, Activation
+
+
+def _per_channel(t: Tensor, like: Tensor) -> Tensor:
+    return t.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def apply_affine(t: Tensor, affine: Affine | None) -> Tensor:
+    """(t - mean) * scale + bias in at least fp32, rounded once to t's dtype."""
+    if affine is None:
+        return t
+    z = t.to(torch.promote_types(t.dtype, torch.float32))
+    # The mean first: t * scale + shift cancels when |mean| is much larger than the deviation.
+    if affine.mean is not None:
+        z = z - _per_channel(affine.mean, t)
+    if affine.scale is not None:
+        z = z * _per_channel(affine.scale, t)
+    if affine.bias is not None:
+        z = z + _per_channel(affine.bias, t)
+    return z.to(t.dtype)
+
+
+def apply_norm(t: Tensor, norm: Norm | None) -> Tensor:
+    """Eager's batch norm; the running statistics move in training."""
+    return t if norm is None else F.batch_norm(t, *_in_eager_order(norm))
+
+
+def _in_eager_order(norm: Norm) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float]:
+    weight, bias, running_mean, running_var, training, momentum, eps = norm
+    return running_mean, running_var, weight, bias, training, momentum, eps
+
+
+def join(branch: Tensor, residual: Tensor | None, gate: Tensor | None, *, owned: bool) -> Tensor:
+    """gate * branch + residual in the branch's dtype; a branch that is ours is overwritten, as eager blocks do."""
+    dtype = branch.dtype
+    if gate is not None:
+        branch, owned = (branch * gate).to(dtype), True
+    if residual is None:
+        return branch
+    return branch.add_(residual) if owned else (branch + residual).to(dtype)
+
+
+def _activate(z: Tensor, act: Activation, x: Tensor) -> Tensor:
+    return F.relu(z, inplace=z is not x) if act is RELU else act.formula(z)
+
+
+def affine_act(
+    x: Tensor,
+    affine: Affine | None,
+    residual: Tensor | None,
+    residual_affine: Affine | None,
+    gate: Tensor | None,
+    act: Activation,
+) -> Tensor:
+    if residual is not None:
+        residual = apply_affine(residual, residual_affine)
+    return _activate(join(apply_affine(x, affine), residual, gate, owned=False), act, x)
+
+
+def bn_act(
+    x: Tensor,
+    norm: Norm | None,
+    residual: Tensor | None,
+    residual_norm: Norm | None,
+    gate: Tensor | None,
+    act: Activation,
+) -> Tensor:
+    if residual is not None:
+        residual = apply_norm(residual, residual_norm)
+    return _activate(join(apply_norm(x, norm), residual, gate, owned=norm is not None), act, x)
+
+
+def _objection(request: Request) -> str | None:
+    return None
+
+
+BACKEND = Backend("reference", _objection, plain={"affine_act": affine_act, "bn_act": bn_act})

@@ -1,0 +1,139 @@
+"""Which backend serves a call: an ordered list, the reference last, and the first without an objection.
+
+FUSEDRES_BACKEND forces a backend and FUSEDRES_DISABLE=1 sends every block to its eager path; both are read once, at
+import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from fusedres.backends import Backend, Request, reference
+
+ORDER: list[Backend] = [reference.BACKEND]
+
+# Module globals and not ContextVars: torch.compile guards on the first and breaks on the second.
+_forced: str | None = None
+disabled: bool = os.environ.get("FUSEDRES_DISABLE", "0") not in ("", "0")
+_chosen: dict[Request, Backend] = {}
+
+
+class Choice(NamedTuple):
+    """One op of one call, as `recording` saw it."""
+
+    request: Request
+    backend: str
+    objections: dict[str, str]
+
+
+recorder: list[Choice] | None = None
+
+
+def backend(name: str) -> Backend:
+    """The backend of that name."""
+    for candidate in ORDER:
+        if candidate.name == name:
+            return candidate
+    raise ValueError(f"backend must be one of {', '.join(b.name for b in ORDER)}; got {name!r}")
+
+
+def choose(request: Request) -> Backend:
+    """The first backend without an objection, or the forced one, which serves or raises."""
+    if request.compiling:  # torch.compile guards on what this reads; a cache would hide it
+        return _first(request)
+    if recorder is not None:
+        recorder.append(Choice(request, _first(request).name, objections(request)))
+    found = _chosen.get(request)
+    if found is None:
+        found = _chosen[request] = _first(request)
+    return found
+
+
+def _first(request: Request) -> Backend:
+    if _forced is not None:
+        candidate = backend(_forced)
+        reason = objection(candidate, request)
+        if reason is not None:
+            raise RuntimeError(f"backend {_forced!r} was asked for, but {reason}")
+        return candidate
+    for candidate in ORDER:
+        if objection(candidate, request) is None:
+            return candidate
+    raise RuntimeError(f"no backend serves {request}")
+
+
+def objection(candidate: Backend, request: Request) -> str | None:
+    """Why a backend can't serve a request: what holds for all kernels, then its own reason."""
+    if not candidate.plain:
+        if request.device.upper() not in candidate.keys:
+            return f"it has no kernels for {request.device} tensors"
+        if request.empty:
+            return "x is empty"
+        if request.subclass:
+            return "x is a tensor subclass, which kernels do not see through"
+    return candidate.objection(request)
+
+
+def objections(request: Request) -> dict[str, str]:
+    """Every backend's objection to `request`, those without one left out."""
+    reasons = {candidate.name: objection(candidate, request) for candidate in ORDER}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def clear() -> None:
+    """Forget cached choices: for whoever changes ORDER or what a backend objects to."""
+    _chosen.clear()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend: it runs, or raises with its objection; never a silent fallback.
+
+    The choice holds for the whole process, not for one thread.
+
+    >>> import fusedres
+    >>> with fusedres.use_backend("reference"):
+    ...     y = fusedres.ops.affine_act(torch.ones(1, 2, 3, 3), act="relu")
+    """
+    global _forced
+    previous = _forced
+    _force(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+        clear()
+
+
+def _force(name: str) -> None:
+    global _forced
+    _forced = backend(name).name
+    clear()
+
+
+@contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """Collect every choice made inside."""
+    global recorder
+    previous, recorder = recorder, []
+    try:
+        yield recorder
+    finally:
+        recorder = previous
+
+
+def layout(t: torch.Tensor) -> str:
+    """The word for a tensor's memory order, as Request has it.
+
+    >>> layout(torch.empty(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    'channels_last'
+    """
+    contiguous = t.is_contiguous()
+    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
+        return "both" if contiguous else "channels_last"
+    return "contiguous" if contiguous else "strided"

@@ -1,0 +1,20 @@
+"""The library's operations. Each is a function here, and a schema with fakes and autograd for every kernel backend."""
+
+from fusedres.backends import Affine, Backend, Norm
+from fusedres.ops import kernels
+from fusedres.ops.affine_act import SPEC as AFFINE_ACT
+from fusedres.ops.affine_act import affine_act
+from fusedres.ops.bn_act import SPEC as BN_ACT
+from fusedres.ops.bn_act import bn_act
+
+__all__ = ["Affine", "Norm", "affine_act", "bn_act", "register_backend", "unregister_backend"]
+
+
+def register_backend(backend: Backend) -> None:
+    """Put a backend first in the order; its kernels get the library's schemas, fakes and autograd."""
+    kernels.register(backend, (AFFINE_ACT, BN_ACT))
+
+
+def unregister_backend(backend: Backend) -> None:
+    """Take a backend out again."""
+    kernels.unregister(backend)

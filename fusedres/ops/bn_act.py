@@ -1,0 +1,194 @@
+"""bn_act: y = act(k * BN_x(x) + BN_r(r)), either batch norm optional, statistics from the batch or running."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedres import dispatch
+from fusedres.backends import Affine, Norm, Statistics, reference
+from fusedres.epilogue import CATALOGUE, IDENTITY, Activation
+from fusedres.ops import contract, gradients, kernels
+
+
+def bn_act(
+    x: Tensor,
+    norm: Norm | None = None,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    gate: Tensor | None = None,
+    act: str | Activation = "relu",
+) -> Tensor:
+    """Batch norm, add a residual (itself normalised where it is a projection), activate.
+
+        y = act(gate * BN(x) + BN_r(residual))
+
+    Differentiable, to any order, in every tensor but the running statistics, which move in place.
+
+    Args:
+        x: (N, C, ...); y has its shape and dtype.
+        norm: x's batch norm; None takes x as it is.
+        residual: x's shape; stride 0 is fine, broadcasting is not done.
+        residual_norm: the residual's batch norm, of a projection shortcut.
+        gate: (1 or N, 1 or C, 1, ...), multiplies the branch: drop-path, SE, an Euler step.
+        act: a name of the catalogue, `fusedres.epilogue.CATALOGUE`.
+
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> bn_act(x, Norm(training=True, eps=0.0), residual=x)
+    tensor([[0.],
+            [4.]])
+    """
+    activation = contract.activation(act)
+    contract.check_tensors(x, residual, gate)
+    contract.check_norm(x, "norm", norm, x)
+    contract.check_norm(x, "residual_norm", residual_norm, residual)
+    sources = _statistics(norm), _statistics(residual_norm)
+    request = contract.request(
+        "bn_act", x, residual, gate, activation, contract.parameter_dtype(norm, residual_norm), *sources
+    )
+    backend = dispatch.choose(request)
+    if "bn_act" in backend.plain:
+        return backend.plain["bn_act"](x, norm, residual, residual_norm, gate, activation)
+    weight, bias, mean, var, _, momentum, eps = norm or _ABSENT
+    weight_r, bias_r, mean_r, var_r, _, momentum_r, eps_r = residual_norm or _ABSENT
+    tensors = (x, weight, bias, mean, var, residual, weight_r, bias_r, mean_r, var_r, gate)
+    return kernels.of(backend, "bn_act")(*tensors, *sources, momentum, momentum_r, eps, eps_r, activation.code)
+
+
+_ABSENT = Norm()
+
+
+def _statistics(norm: Norm | None) -> int:
+    if norm is None:
+        return Statistics.ABSENT.value
+    return (Statistics.BATCH if norm.training else Statistics.RUNNING).value
+
+
+class BnAct(torch.autograd.Function):
+    """The op's gradients out of a backend's two kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, operators: kernels.Kernels, *arguments: Any) -> Tensor:
+        x, weight, bias, _, _, residual, weight_r, bias_r, _, _, gate, *scalars = arguments
+        source, source_r, _, _, eps, eps_r, code = scalars
+        activation = CATALOGUE[code]
+        y, stats, stats_r, mask = operators.forward(*arguments, kernels.keeps_mask(activation, residual))
+
+        needs = ctx.needs_input_grad
+        _, _, need_weight, _, _, _, _, need_weight_r, _, _, _, need_gate, *_ = needs
+        smooth = not activation.from_output
+        ctx.operators, ctx.activation = operators, activation
+        ctx.sources, ctx.eps = (source, source_r), (eps, eps_r)
+        ctx.channels_last = kernels.is_channels_last(y)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.save_for_backward(
+            None if smooth or activation is IDENTITY or mask.numel() else y,
+            mask if mask.numel() else None,
+            x if smooth or source == Statistics.BATCH or need_weight or need_gate else None,
+            weight,
+            bias,
+            stats,
+            residual if smooth or source_r == Statistics.BATCH or need_weight_r else None,
+            weight_r,
+            bias_r,
+            stats_r,
+            gate,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, _, _, residual, weight_r, bias_r, _, _, gate, *_ = ctx.needs_input_grad[1:]
+        needs = [x, weight, bias, residual, weight_r, bias_r, gate]
+        run = _backward_again if torch.is_grad_enabled() else _backward_once
+        dx, dweight, dbias, dr, dweight_r, dbias_r, dgate = run(ctx, dy, needs)
+        none = [None] * 7
+        return None, dx, dweight, dbias, None, None, dr, dweight_r, dbias_r, None, None, dgate, *none
+
+
+def _backward_once(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    saved = ctx.saved_tensors
+    _, _, _, weight, bias, _, _, weight_r, bias_r, _, gate = saved
+    # Without an activation and a norm of its own the residual's gradient is dy itself.
+    passes = ctx.activation is IDENTITY and ctx.sources[1] == Statistics.ABSENT
+    wanted = [needed and not (index == 3 and passes) for index, needed in enumerate(needs)]
+    found = list(ctx.operators.backward(dy, *saved, *ctx.sources, ctx.activation.code, wanted))
+    if passes:
+        found[3] = dy
+    operands = (None, weight, bias, None, weight_r, bias_r, gate)
+    dtypes = [None if t is None else t.dtype for t in operands]
+    dtypes[3] = ctx.residual_dtype
+    return [
+        gradients.cast(d, dtype) if needed else None
+        for d, dtype, needed in zip(found, dtypes, needs, strict=True)
+    ]
+
+
+def _backward_again(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """create_graph: the formula rerun; where the output tells the slope, on the pre-activation alone."""
+    y, mask, x, weight, bias, stats, residual, weight_r, bias_r, stats_r, gate = ctx.saved_tensors
+    activation, (source, source_r), (eps, eps_r) = ctx.activation, ctx.sources, ctx.eps
+    slope = gradients.activation_slope(activation, y, mask, dy, ctx.channels_last)
+    if x is None:
+        x = gradients.placeholder(dy, dy.dtype)
+    if residual is None and ctx.residual_dtype is not None:
+        residual = gradients.placeholder(dy, ctx.residual_dtype)
+
+    def formula(x, weight, bias, residual, weight_r, bias_r, gate):  # noqa: ANN001, ANN202
+        if residual is not None:
+            residual = _normalise_again(residual, weight_r, bias_r, stats_r, source_r, eps_r)
+        branch = _normalise_again(x, weight, bias, stats, source, eps)
+        z = reference.join(branch, residual, gate, owned=False)
+        return gradients.apply_slope(z, slope) if activation.from_output else activation.formula(z)
+
+    return gradients.differentiable(formula, (x, weight, bias, residual, weight_r, bias_r, gate), needs, dy)
+
+
+def _normalise_again(
+    t: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, source: int, eps: float
+) -> Tensor:
+    if source == Statistics.ABSENT:
+        return t
+    if source == Statistics.BATCH:  # no running statistics: they have moved already
+        return reference.apply_norm(t, Norm(weight, bias, training=True, eps=eps))
+    mean, mean_low, rstd = stats
+    return reference.apply_affine(t, Affine(rstd if weight is None else rstd * weight, bias, mean + mean_low))
+
+
+def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    source, source_r = arguments[10:12]
+    y = kernels.empty_output(x)
+    stats, stats_r = (
+        x.new_empty((3, x.shape[1]) if s else (0,), dtype=kernels.accumulation_dtype(x)) for s in (source, source_r)
+    )
+    return y, stats, stats_r, kernels.empty_mask(y, arguments[-1])
+
+
+def _fake_backward(
+    dy, y, mask, x, weight, bias, stats, residual, weight_r, bias_r, stats_r, gate, *rest  # noqa: ANN001
+) -> tuple[Tensor, ...]:
+    return kernels.fake_gradients(dy, (x, weight, bias, residual, weight_r, bias_r, gate), rest[-1])
+
+
+SPEC = kernels.Spec(
+    name="bn_act",
+    arguments=(
+        "Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+        "Tensor? residual, Tensor? weight_r, Tensor? bias_r, Tensor(c!)? running_mean_r, Tensor(d!)? running_var_r, "
+        "Tensor? gate, int statistics, int statistics_r, float momentum, float momentum_r, float eps, float eps_r, "
+        "int act"
+    ),
+    backward_arguments=(
+        "Tensor dy, Tensor? y, Tensor? mask, Tensor? x, Tensor? weight, Tensor? bias, Tensor stats, "
+        "Tensor? residual, Tensor? weight_r, Tensor? bias_r, Tensor stats_r, Tensor? gate, "
+        "int statistics, int statistics_r, int act"
+    ),
+    # stats: (3, C): the mean's high part, its remainder, 1 / sqrt(var + eps); (0,) for an absent norm
+    results="Tensor y, Tensor stats, Tensor stats_r, Tensor mask",
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    function=BnAct,
+)

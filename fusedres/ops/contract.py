@@ -1,0 +1,113 @@
+"""What every op checks, once and before anything is modified, and how a call is described to the dispatcher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedres import dispatch
+from fusedres.backends import Affine, Norm, Request
+from fusedres.epilogue import Activation, find
+
+
+def activation(act: str | Activation) -> Activation:
+    return act if isinstance(act, Activation) else find(act)
+
+
+def check_tensors(x: Tensor, residual: Tensor | None, gate: Tensor | None) -> None:
+    """x: (N, C, ...); residual: x's shape and device; gate: (1 or N, 1 or C, 1, ...)."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; convert it with x.float()")
+    if x.dim() < 2:
+        raise ValueError(f"x must be (N, C, ...), got {tuple(x.shape)}; add a batch dimension")
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"residual must match x: expected {tuple(x.shape)}, got {tuple(residual.shape)}; "
+                "project the shortcut or expand it first"
+            )
+        if residual.device != x.device or not residual.is_floating_point():
+            raise ValueError(
+                f"residual must be a floating-point tensor on {x.device}, "
+                f"got {residual.dtype} on {residual.device}; convert it with residual.to(x)"
+            )
+    if gate is not None:
+        fits = gate.dim() == x.dim() and all(
+            size == 1 or (size == full and d < 2)
+            for d, (size, full) in enumerate(zip(gate.shape, x.shape, strict=True))
+        )
+        if not fits:
+            raise ValueError(
+                f"gate must be (1 or N, 1 or C, 1, ...) for x {tuple(x.shape)}, got {tuple(gate.shape)}; "
+                "reshape it, or multiply first"
+            )
+        if gate.device != x.device or not gate.is_floating_point():
+            raise ValueError(
+                f"gate must be a floating-point tensor on {x.device}, got {gate.dtype} on {gate.device}; "
+                "convert it with gate.to(x)"
+            )
+
+
+def check_branch(x: Tensor, name: str, branch: Affine | Norm | None, operand: Tensor | None = None) -> None:
+    """The tensors among a branch's members: (C,), floating point, on x's device."""
+    if branch is None:
+        return
+    if operand is None:
+        raise ValueError(f"{name} was given without a residual; pass residual= as well, or drop {name}=")
+    channels, device = x.shape[1], x.device
+    for t in branch:
+        if isinstance(t, Tensor) and (
+            t.numel() != channels or t.dim() != 1 or t.device != device or not t.is_floating_point()
+        ):
+            raise ValueError(
+                f"{name} must hold one floating-point value per channel of x: expected ({channels},) on {device}, "
+                f"got {tuple(t.shape)} {t.dtype} on {t.device}; build it with {channels} channels, or move it with .to()"
+            )
+
+
+def check_norm(x: Tensor, name: str, norm: Norm | None, operand: Tensor | None) -> None:
+    """The same, and what eager's batch norm demands: statistics to use, and more than one value to take them from."""
+    check_branch(x, name, norm, operand)
+    if norm is None:
+        return
+    if norm.training:
+        values = x.numel() // max(x.shape[1], 1)
+        if values == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+    elif norm.running_mean is None or norm.running_var is None:
+        raise ValueError(f"{name} must have running_mean and running_var unless training=True; pass both")
+
+
+def parameter_dtype(*branches: Affine | Norm | None) -> torch.dtype | str | None:
+    """The one dtype of all per-channel tensors, "mixed", or None."""
+    dtypes = {t.dtype for branch in branches if branch is not None for t in branch if isinstance(t, Tensor)}
+    return dtypes.pop() if len(dtypes) == 1 else "mixed" if dtypes else None
+
+
+def request(
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    act: Activation,
+    parameter_dtype: torch.dtype | str | None,
+    statistics: int = 0,
+    residual_statistics: int = 0,
+) -> Request:
+    """The metadata by which a backend is chosen."""
+    return Request(
+        op=op,
+        device=x.device.type,
+        dtype=x.dtype,
+        layout=dispatch.layout(x),
+        act=act.name,
+        statistics=statistics,
+        parameter_dtype=parameter_dtype,
+        residual_dtype=None if residual is None else residual.dtype,
+        residual_layout=None if residual is None else dispatch.layout(residual),
+        residual_statistics=residual_statistics,
+        gate_dtype=None if gate is None else gate.dtype,
+        empty=x.numel() == 0,
+        subclass=type(x) is not Tensor and type(x) is not torch.nn.Parameter,
+        compiling=torch.compiler.is_compiling(),
+    )

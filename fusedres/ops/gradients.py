@@ -1,0 +1,58 @@
+"""What the ops' autograd functions share: the activation's slope, and gradients that can be differentiated again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fusedres.epilogue import Activation
+
+
+def unpack_mask(mask: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+    """The bits of `kernels.empty_mask` as a bool tensor of `like`'s shape."""
+    bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)).bitwise_and(1).bool()
+    rows = bits.flatten(1)
+    n, c, *pixels = like.shape
+    if channels_last:
+        return rows[:, :c].reshape(n, *pixels, c).movedim(-1, 1)
+    return rows[:, : like.numel() // (n * c)].reshape(like.shape)
+
+
+def apply_slope(z: Tensor, slope: Tensor | None) -> Tensor:
+    """slope * z; a bool slope selects, so that a masked NaN becomes 0 as in eager."""
+    if slope is None:
+        return z
+    return torch.where(slope, z, 0.0) if slope.dtype == torch.bool else slope * z
+
+
+def activation_slope(
+    activation: Activation, y: Tensor | None, mask: Tensor | None, like: Tensor, channels_last: bool
+) -> Tensor | None:
+    """d act / dz of an activation whose output tells it; None stands for 1."""
+    if mask is not None:
+        return unpack_mask(mask, like, channels_last)
+    return None if y is None else activation.derivative(y)
+
+
+def placeholder(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """Stands for an operand in which the formula is linear, so that its value was not saved."""
+    return dy.new_zeros((), dtype=dtype).expand(dy.shape).requires_grad_()
+
+
+def differentiable(
+    formula: Callable[..., Tensor], operands: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
+) -> list[Tensor | None]:
+    """Gradients of `formula(*operands)` that can be differentiated again, by rerunning it."""
+    with torch.enable_grad():
+        # Aliases: one operand may have been computed from another, whose gradient must not run through it.
+        aliases = [t.view_as(t) if needed and t is not None else t for t, needed in zip(operands, needs, strict=True)]
+        wanted = [t for t, needed in zip(aliases, needs, strict=True) if needed and t is not None]
+        found = iter(torch.autograd.grad(formula(*aliases), wanted, dy, create_graph=True))
+    return [next(found) if needed else None for needed in needs]
+
+
+def cast(gradient: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The gradient in its operand's dtype; kernels accumulate in a wider one."""
+    return gradient if dtype is None or gradient.dtype == dtype else gradient.to(dtype)

@@ -1,0 +1,164 @@
+"""How a backend's kernels become operators: schemas, fakes and autograd, the same for every backend.
+
+Each backend has the operators in a namespace of its own, so that two of them can serve one device. The autograd
+function is the op's Autograd kernel: that carries mutable running statistics through opcheck and fullgraph
+compilation, which register_autograd refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from fusedres import dispatch
+from fusedres.backends import Backend
+from fusedres.epilogue import Activation
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One op as every kernel backend implements it.
+
+    Args:
+        arguments: the schema's argument list, shared by the op and its forward kernel.
+        backward_arguments: those of the backward kernel; `needs` comes last.
+        results: what the forward kernel returns; the mask comes last.
+        fake_forward, fake_backward: shapes, dtypes and strides of the results.
+        function: the autograd.Function; its `apply` takes the Kernels and then the op's arguments.
+    """
+
+    name: str
+    arguments: str
+    backward_arguments: str
+    results: str
+    fake_forward: Callable[..., tuple[Tensor, ...]]
+    fake_backward: Callable[..., tuple[Tensor, ...]]
+    function: type[torch.autograd.Function]
+
+
+class Kernels:
+    """One op's operators of one backend: `op` differentiable, `forward` and `backward` as they are."""
+
+    def __init__(self, spec: Spec, backend: Backend, library: torch.library.Library) -> None:
+        name, namespace = spec.name, library.ns
+        gradients = ", ".join(["Tensor"] * 7)
+        library.define(f"{name}({spec.arguments}) -> Tensor")
+        library.define(f"{name}_forward({spec.arguments}, bool keep_mask) -> ({spec.results})")
+        library.define(f"{name}_backward({spec.backward_arguments}, bool[7] needs) -> ({gradients})")
+
+        operators = getattr(torch.ops, namespace)
+        self.function = spec.function
+        self.op = getattr(operators, name).default
+        self.forward = getattr(operators, f"{name}_forward").default
+        self.backward = getattr(operators, f"{name}_backward").default
+
+        def no_gradient(*arguments: Any) -> Tensor:
+            return self.forward(*arguments, False)[0]
+
+        def differentiable(*arguments: Any) -> Tensor:
+            return spec.function.apply(self, *arguments)  # pyright: ignore[reportReturnType]
+
+        def fake(*arguments: Any) -> Tensor:
+            return spec.fake_forward(*arguments, False)[0]
+
+        library.impl(name, differentiable, "Autograd")
+        for key in backend.keys:
+            library.impl(name, no_gradient, key)
+            for kernel in (f"{name}_forward", f"{name}_backward"):
+                if kernel in backend.kernels:
+                    library.impl(kernel, backend.kernels[kernel], key)
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        torch.library.register_fake(f"{namespace}::{name}_forward", spec.fake_forward, lib=library)
+        torch.library.register_fake(f"{namespace}::{name}_backward", spec.fake_backward, lib=library)
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.op(*arguments)
+        if torch.is_grad_enabled():
+            # Straight to the autograd function: two trips through the dispatcher less than the op costs.
+            return self.function.apply(self, *arguments)  # pyright: ignore[reportReturnType]
+        return self.forward(*arguments, False)[0]
+
+
+_registered: dict[tuple[str, str], Kernels] = {}
+_libraries: dict[str, torch.library.Library] = {}
+
+
+def of(backend: Backend, op: str) -> Kernels:
+    """The registered operators of `op`."""
+    return _registered[backend.name, op]
+
+
+def register(backend: Backend, specs: tuple[Spec, ...]) -> None:
+    """Define the operators of a backend that owns kernels and put it first in the dispatcher's order."""
+    if not backend.plain:
+        library = torch.library.Library(f"fusedres_{backend.name}", "DEF")
+        for spec in specs:
+            _registered[backend.name, spec.name] = Kernels(spec, backend, library)
+        _libraries[backend.name] = library
+    dispatch.ORDER.insert(0, backend)
+    dispatch.clear()
+
+
+def unregister(backend: Backend) -> None:
+    """Undo `register`."""
+    dispatch.ORDER.remove(backend)
+    dispatch.clear()
+    for name, op in [key for key in _registered if key[0] == backend.name]:
+        del _registered[name, op]
+    library = _libraries.pop(backend.name, None)
+    if library is not None:
+        library._destroy()
+
+
+def empty_output(x: Tensor) -> Tensor:
+    """An output as eager's batch norm allocates it: dense, channels_last where x is or nearly is."""
+    return torch.empty_like(x, memory_format=suggest_memory_format(x))
+
+
+def nothing(x: Tensor) -> Tensor:
+    """What stands for a result that is not wanted."""
+    return x.new_empty(0)
+
+
+def is_channels_last(y: Tensor) -> bool:
+    """Whether y's channels are innermost in memory."""
+    return suggest_memory_format(y) in (torch.channels_last, torch.channels_last_3d)
+
+
+def empty_mask(y: Tensor, keep: bool) -> Tensor:
+    """One bit an element in y's memory order, least significant first; every row (a pixel of channels_last, a plane
+    of contiguous) begins on a byte."""
+    if not keep or y.numel() == 0:
+        return y.new_empty(0, dtype=torch.uint8)
+    row = y.shape[1] if is_channels_last(y) else y.numel() // (y.shape[0] * y.shape[1])
+    return y.new_empty((y.numel() // row, (row + 7) // 8), dtype=torch.uint8)
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def keeps_mask(act: Activation, residual: Tensor | None) -> bool:
+    """A block's end keeps ReLU's bits; elsewhere the next convolution keeps y anyway."""
+    return act.name == "relu" and residual is not None
+
+
+def fake_gradients(dy: Tensor, operands: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
+    """Shapes of the seven gradients: x and residual like dy's output form, per-channel and gate as they are."""
+    gradients = []
+    for index, (operand, needed) in enumerate(zip(operands, needs, strict=True)):
+        if not needed:
+            gradients.append(nothing(dy))
+        elif index in (0, 3):
+            gradients.append(empty_output(dy if operand is None else operand))
+        elif operand is None:
+            gradients.append(dy.new_empty(dy.shape[1], dtype=accumulation_dtype(dy)))
+        else:
+            gradients.append(operand.new_empty(operand.shape, dtype=accumulation_dtype(dy)))
+    return tuple(gradients)
