@@ -1,7 +1,15 @@
-"""fusedres: fused residual blocks for PyTorch, drop-in."""
+"""fusedres: residual blocks of PyTorch, fused and drop-in."""
 
-from fusedres import ops
+import os as _os
+
+from fusedres import dispatch as _dispatch
+from fusedres import models, ops
 from fusedres._version import __version__
+from fusedres.blocks import BasicBlock, Bottleneck
 from fusedres.dispatch import use_backend
+from fusedres.explanation import explain
 
-__all__ = ["__version__", "ops", "use_backend"]
+if _os.environ.get("FUSEDRES_BACKEND"):
+    _dispatch.force(_os.environ["FUSEDRES_BACKEND"])
+
+__all__ = ["BasicBlock", "Bottleneck", "__version__", "explain", "models", "ops", "use_backend"]

@@ -7,11 +7,12 @@ import.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from fusedres.backends import Backend, Request, reference
 
@@ -23,15 +24,34 @@ disabled: bool = os.environ.get("FUSEDRES_DISABLE", "0") not in ("", "0")
 _chosen: dict[Request, Backend] = {}
 
 
-class Choice(NamedTuple):
-    """One op of one call, as `recording` saw it."""
+@dataclass(frozen=True)
+class Choice:
+    """What one call of a block came to: an op's backend and why not the others, or why the eager path was taken."""
 
-    request: Request
+    block: str
+    op: str
     backend: str
-    objections: dict[str, str]
+    objections: Mapping[str, str]
 
 
-recorder: list[Choice] | None = None
+class Recorder:
+    """Collects every choice made in a model's forward, under the block's name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {module: name for name, module in model.named_modules()}
+        self._block = ""
+        self.choices: list[Choice] = []
+
+    def enter(self, block: nn.Module, eager_because: str | None) -> None:
+        self._block = self._names.get(block, "")
+        if eager_because is not None:
+            self.choices.append(Choice(self._block, "block", "eager path", {"fused": eager_because}))
+
+    def add(self, request: Request) -> None:
+        self.choices.append(Choice(self._block, request.op, _first(request).name, objections(request)))
+
+
+recorder: Recorder | None = None
 
 
 def backend(name: str) -> Backend:
@@ -47,7 +67,7 @@ def choose(request: Request) -> Backend:
     if request.compiling:  # torch.compile guards on what this reads; a cache would hide it
         return _first(request)
     if recorder is not None:
-        recorder.append(Choice(request, _first(request).name, objections(request)))
+        recorder.add(request)
     found = _chosen.get(request)
     if found is None:
         found = _chosen[request] = _first(request)
@@ -100,29 +120,28 @@ def use_backend(name: str) -> Iterator[None]:
     >>> with fusedres.use_backend("reference"):
     ...     y = fusedres.ops.affine_act(torch.ones(1, 2, 3, 3), act="relu")
     """
-    global _forced
     previous = _forced
-    _force(name)
+    force(name)
     try:
         yield
     finally:
-        _forced = previous
-        clear()
+        force(previous)
 
 
-def _force(name: str) -> None:
+def force(name: str | None) -> None:
+    """Force one backend until further notice; None lifts it."""
     global _forced
-    _forced = backend(name).name
+    _forced = None if name is None else backend(name).name
     clear()
 
 
 @contextmanager
-def recording() -> Iterator[list[Choice]]:
-    """Collect every choice made inside."""
+def recording(model: nn.Module) -> Iterator[list[Choice]]:
+    """Collect the choices of `model`'s blocks made inside."""
     global recorder
-    previous, recorder = recorder, []
+    previous, recorder = recorder, Recorder(model)
     try:
-        yield recorder
+        yield recorder.choices
     finally:
         recorder = previous
 

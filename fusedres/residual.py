@@ -1,0 +1,366 @@
+"""What a residual block is, and the one executor that runs every block of every family.
+
+A `Residual` names the children of a block that make up
+
+    y = act(gate * norm(conv(... act(norm(conv(x))))) + shortcut(x))
+
+and `run` computes it with the fused ops. Wherever the formula does not apply, the block's own eager path is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+from fusedres import dispatch, gates, ops
+from fusedres.backends import Norm
+from fusedres.epilogue import IDENTITY, Activation, of_module
+
+
+@dataclass(frozen=True)
+class Stage:
+    """conv -> norm -> act, by the children's paths in the block; what is absent or Identity is passed over.
+
+    Args:
+        conv: any module that maps the span's input to what is normalised.
+        norm: the batch norm.
+        act: a child, or a row of the catalogue where the block calls a function.
+        before_act: children between the norm and the activation (drop_block).
+        after_act: children after the activation (anti-aliasing).
+    """
+
+    conv: str
+    norm: str
+    act: str | Activation | None = None
+    before_act: tuple[str, ...] = ()
+    after_act: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A chain of stages, what multiplies it, what is added to it, and the activation after that.
+
+    Args:
+        stages: in order; the last one has no activation of its own where a shortcut follows.
+        shortcut: the path of the projection; a child that is None or empty is the identity. None adds nothing.
+        between: children between the last norm and the addition, in order (attention, drop-path). Those that only
+            multiply (`fusedres.gates`) become the formula's gate.
+        gate: an attribute that multiplies the branch just before the addition: a tensor of one value or of C, or a
+            number (LayerScale, an Euler step).
+        act: the activation after the addition.
+
+    >>> basic = Residual((Stage("conv1", "bn1", "relu"), Stage("conv2", "bn2")), shortcut="downsample", act="relu")
+    """
+
+    stages: tuple[Stage, ...]
+    shortcut: str | None = None
+    between: tuple[str, ...] = ()
+    gate: str | None = None
+    act: str | Activation | None = None
+
+
+def run(block: nn.Module, residual: Residual, x: Tensor, eager: Callable[[Tensor], Tensor]) -> Tensor:
+    """The block's output: fused, or by `eager` wherever the formula does not apply to this call."""
+    parts = _ambient_objection(x) or _resolve(block, residual)
+    if dispatch.recorder is not None:
+        dispatch.recorder.enter(block, parts if isinstance(parts, str) else None)
+    return eager(x) if isinstance(parts, str) else _execute(block, residual, parts, x)
+
+
+class _Span(NamedTuple):
+    """A stage's children, resolved for one call."""
+
+    conv: nn.Module
+    norm: nn.Module
+    before_act: list[nn.Module]
+    act: nn.Module | Activation
+    after_act: list[nn.Module]
+
+
+class _Parts(NamedTuple):
+    """A block's children, resolved for one call."""
+
+    spans: list[_Span]
+    before_shortcut_norm: list[nn.Module]
+    shortcut_norm: nn.Module | None
+    between: list[nn.Module]
+    act: nn.Module | Activation
+
+
+def _ambient_objection(x: Tensor) -> str | None:
+    """What makes any block take its eager path in this call."""
+    if dispatch.disabled:
+        return "FUSEDRES_DISABLE is set"
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if x.dim() != 4:
+        return f"the input has {x.dim()} dimensions, not 4"
+    if nn_module._has_any_global_hook():
+        return "global module hooks are set"
+    if torch._C._are_functorch_transforms_active():
+        return "a functorch transform is active"
+    if torch.compiler.is_compiling():
+        return "the model is being exported" if torch.compiler.is_exporting() else None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is running"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is active"
+    return None
+
+
+def _child(block: nn.Module, path: str) -> nn.Module | None:
+    modules = block._modules
+    if "." not in path:
+        return modules.get(path)
+    child: nn.Module | None = block
+    for name in path.split("."):
+        child = None if child is None else child._modules.get(name)
+    return child
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _norm_objection(path: str, module: nn.Module | None) -> str | None:
+    """Why a norm can't be taken apart; it is eager's to call then."""
+    if module is None:
+        return f"it has no child {path!r}"
+    cls = type(module)
+    if cls is nn.SyncBatchNorm:
+        if module.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            return f"{path} synchronises its statistics"
+    elif cls is not nn.BatchNorm2d and not _is_frozen(cls):
+        return f"{path} is a {cls.__name__}"
+    return f"{path} has hooks or a patched forward" if _hooked(module) else None
+
+
+def _is_frozen(cls: type) -> bool:
+    return cls.__name__ == "FrozenBatchNorm2d" and cls.__module__ in (
+        "torchvision.ops.misc",
+        "detectron2.layers.batch_norm",
+    )
+
+
+def _active(block: nn.Module, paths: tuple[str, ...]) -> list[nn.Module]:
+    children = [_child(block, path) for path in paths]
+    return [child for child in children if child is not None and not _is_identity(child)]
+
+
+def _is_identity(module: nn.Module) -> bool:
+    cls = type(module)
+    return (cls is nn.Identity or (cls is nn.Sequential and not module._modules)) and not _hooked(module)
+
+
+def _activation(block: nn.Module, act: str | Activation | None) -> nn.Module | Activation | str:
+    """The catalogue's row, or the child to be called where there is none, or an objection."""
+    if act is None:
+        return IDENTITY
+    if isinstance(act, Activation):
+        return act
+    child = _child(block, act)
+    if child is None:
+        return f"it has no child {act!r}"
+    if _hooked(child):
+        return f"{act} has hooks or a patched forward"
+    return of_module(child) or child
+
+
+def _resolve(block: nn.Module, residual: Residual) -> _Parts | str:
+    """The children that this call runs, or why it takes the eager path."""
+    spans = []
+    for stage in residual.stages:
+        conv, norm = _child(block, stage.conv), _child(block, stage.norm)
+        if conv is None:
+            return f"it has no child {stage.conv!r}"
+        reason = _norm_objection(stage.norm, norm)
+        if reason is not None:
+            return reason
+        act = _activation(block, stage.act)
+        if isinstance(act, str):
+            return act
+        before, after = stage.before_act, stage.after_act
+        spans.append(
+            _Span(
+                conv,
+                norm,  # pyright: ignore[reportArgumentType]  # None is an objection
+                _active(block, before) if before else [],
+                act,
+                _active(block, after) if after else [],
+            )
+        )
+    act = _activation(block, residual.act)
+    if isinstance(act, str):
+        return act
+    path = residual.shortcut
+    projection = None if path is None else _child(block, path)
+    before_norm: list[nn.Module] = []
+    shortcut_norm = None
+    if projection is not None and not _is_identity(projection):
+        before_norm = [projection]
+        if type(projection) is nn.Sequential:
+            if _hooked(projection):
+                return f"{path} has hooks or a patched forward"
+            *before, last = [child for child in projection._modules.values() if child is not None]
+            if before and _norm_objection(f"{path}.{len(before)}", last) is None:
+                before_norm, shortcut_norm = before, last
+            elif _hooked(last):
+                return f"{path}.{len(before)} has hooks or a patched forward"
+    between = _active(block, residual.between) if residual.between else []
+    return _Parts(spans, before_norm, shortcut_norm, between, act)
+
+
+def _execute(block: nn.Module, residual: Residual, parts: _Parts, x: Tensor) -> Tensor:
+    *inner, last = parts.spans
+    z = x
+    for span in inner:
+        z = _run_stage(span, z)
+    if residual.shortcut is None:
+        return _run_stage(last, z)
+
+    z, norm = last.conv(z), last.norm
+    z, norm, gate = _run_between(block, residual, parts.between, z, norm)
+    shortcut = x
+    for child in parts.before_shortcut_norm:
+        shortcut = child(shortcut)
+    if shortcut.shape != z.shape:  # a broadcasting residual: eager's own addition, or its error
+        z = bn_act(z, norm, IDENTITY, gate=gate)
+        shortcut = bn_act(shortcut, parts.shortcut_norm, IDENTITY)
+        z += shortcut
+        return _activate(z, parts.act)
+    return bn_act(z, norm, parts.act, residual=shortcut, residual_norm=parts.shortcut_norm, gate=gate)
+
+
+def _run_stage(span: _Span, x: Tensor) -> Tensor:
+    z = span.conv(x)
+    if span.before_act:
+        z = bn_act(z, span.norm, IDENTITY)
+        for child in span.before_act:
+            z = child(z)
+        z = _activate(z, span.act)
+    else:
+        z = bn_act(z, span.norm, span.act)
+    for child in span.after_act:
+        z = child(z)
+    return z
+
+
+def _run_between(
+    block: nn.Module, residual: Residual, between: list[nn.Module], z: Tensor, norm: nn.Module | None
+) -> tuple[Tensor, nn.Module | None, Tensor | None]:
+    """What stands between the last norm and the addition: (branch, norm still to be applied, gate)."""
+    gate: Tensor | None = None
+    for child in between:
+        row = None if _hooked(child) else gates.of_module(child)
+        if row is None or row.reads:
+            z, norm, gate = bn_act(z, norm, IDENTITY, gate=gate), None, None
+        if row is None:
+            z = child(z)
+            continue
+        z, norm, gate = _multiply(z, norm, gate, row.factor(child, z))
+    if residual.gate is not None:
+        z, norm, gate = _multiply(z, norm, gate, _gate_attribute(block, residual.gate, z))
+    return z, norm, gate
+
+
+def _multiply(
+    z: Tensor, norm: nn.Module | None, gate: Tensor | None, factor: Tensor | None
+) -> tuple[Tensor, nn.Module | None, Tensor | None]:
+    """Fold a factor into the gate; one of another dtype than the branch promotes it, which is eager's to do."""
+    if factor is None:
+        return z, norm, gate
+    if factor.dtype != z.dtype or factor.shape[2:] != (1, 1):
+        return bn_act(z, norm, IDENTITY, gate=gate) * factor, None, None
+    return z, norm, factor if gate is None else gate * factor
+
+
+def _gate_attribute(block: nn.Module, name: str, z: Tensor) -> Tensor:
+    value: Any = getattr(block, name)
+    if not isinstance(value, Tensor):
+        return z.new_full((1, 1, 1, 1), value)
+    return value.reshape(1, -1, 1, 1) if value.dim() <= 1 else value
+
+
+def _activate(z: Tensor, act: nn.Module | Activation) -> Tensor:
+    return act.formula(z) if isinstance(act, Activation) else act(z)
+
+
+def bn_act(
+    x: Tensor,
+    norm: nn.Module | None,
+    act: nn.Module | Activation,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: nn.Module | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """The op on modules: their parameters, buffers and counters as `nn.BatchNorm2d.forward` uses them."""
+    if norm is not None and not _dtypes_fit(x, norm):
+        x, norm = norm(x), None
+    if residual_norm is not None and residual is not None and not _dtypes_fit(residual, residual_norm):
+        residual, residual_norm = residual_norm(residual), None
+    row = act if isinstance(act, Activation) else IDENTITY
+    if norm is None and residual_norm is None:
+        if residual is None and gate is None:
+            return _activate(x, act)
+        y = ops.affine_act(x, residual=residual, gate=gate, act=row)
+    else:
+        y = ops.bn_act(
+            x,
+            None if norm is None else _norm(norm),
+            residual=residual,
+            residual_norm=None if residual_norm is None else _norm(residual_norm),
+            gate=gate,
+            act=row,
+        )
+        _count_batch(norm)
+        _count_batch(residual_norm)
+    return y if isinstance(act, Activation) else act(y)
+
+
+def _count_batch(norm: Any) -> None:
+    if norm is not None and norm.training and not _is_frozen(type(norm)) and norm.track_running_stats:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+
+
+def _dtypes_fit(x: Tensor, norm: nn.Module) -> bool:
+    """Whether the norm's result has x's dtype: half activations with fp32 parameters do, but for a frozen norm."""
+    weight = norm.weight
+    if weight is None:
+        return True
+    if weight.dtype == x.dtype:
+        return True
+    return weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16) and not _is_frozen(type(norm))
+
+
+def _norm(module: Any) -> Norm:
+    if _is_frozen(type(module)):
+        return Norm(module.weight, module.bias, module.running_mean, module.running_var, eps=module.eps)
+    mean, var, training = module.running_mean, module.running_var, module.training
+    tracks = not training or module.track_running_stats
+    momentum = module.momentum
+    if momentum is None:
+        counted = training and module.track_running_stats and module.num_batches_tracked is not None
+        momentum = 1.0 / float(module.num_batches_tracked + 1) if counted else 0.0
+    return Norm(
+        module.weight,
+        module.bias,
+        mean if tracks else None,
+        var if tracks else None,
+        training or (mean is None and var is None),
+        momentum,
+        module.eps,
+    )
