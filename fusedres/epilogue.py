@@ -64,8 +64,8 @@ def _gelu_tanh_derivative(z: Tensor) -> Tensor:
 
 
 def _hardswish_derivative(z: Tensor) -> Tensor:
-    inner = torch.where(z <= 3, z / 3 + 0.5, torch.ones_like(z))
-    return torch.where(z < -3, torch.zeros_like(z), inner)
+    inner = torch.where(z < 3, z / 3 + 0.5, torch.ones_like(z))
+    return torch.where(z <= -3, torch.zeros_like(z), inner)
 
 
 # !(y <= 0), not y > 0: eager passes the gradient on at NaN.
@@ -77,7 +77,7 @@ CATALOGUE = (
         "leaky_relu",
         3,
         F.leaky_relu,
-        lambda y: torch.where(y > 0, 1.0, 0.01).to(y.dtype),
+        lambda y: torch.full_like(y, 0.01).masked_fill_(y > 0, 1.0),
         True,
         nn.LeakyReLU,
         (("negative_slope", 0.01),),

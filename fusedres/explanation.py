@@ -42,6 +42,9 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     bn_act
     """
     twin = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []), dispatch.recording(twin) as made:
+    with (
+        torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []),
+        dispatch.recording(twin) as made,
+    ):
         twin(x)
     return Explanation(tuple(made))

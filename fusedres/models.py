@@ -43,6 +43,11 @@ class ResNet(nn.Module):
         stem: "imagenet" is a 7x7 convolution of stride 2 and a max-pool; "cifar" a 3x3 of stride 1.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self,
         block: type[BasicBlock] | type[Bottleneck],

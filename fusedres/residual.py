@@ -331,19 +331,24 @@ def bn_act(
 
 
 def _count_batch(norm: Any) -> None:
-    if norm is not None and norm.training and not _is_frozen(type(norm)) and norm.track_running_stats:
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
+    if norm is not None and _counts(norm):
+        norm.num_batches_tracked.add_(1)
 
 
-def _dtypes_fit(x: Tensor, norm: nn.Module) -> bool:
+def _counts(norm: Any) -> bool:
+    """Whether this call is one of the batches that num_batches_tracked counts."""
+    if not norm.training or _is_frozen(type(norm)):
+        return False
+    return norm.track_running_stats and norm.num_batches_tracked is not None
+
+
+def _dtypes_fit(x: Tensor, norm: Any) -> bool:
     """Whether the norm's result has x's dtype: half activations with fp32 parameters do, but for a frozen norm."""
     weight = norm.weight
-    if weight is None:
+    if weight is None or weight.dtype == x.dtype:
         return True
-    if weight.dtype == x.dtype:
-        return True
-    return weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16) and not _is_frozen(type(norm))
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return half and weight.dtype == torch.float32 and not _is_frozen(type(norm))
 
 
 def _norm(module: Any) -> Norm:
@@ -353,8 +358,7 @@ def _norm(module: Any) -> Norm:
     tracks = not training or module.track_running_stats
     momentum = module.momentum
     if momentum is None:
-        counted = training and module.track_running_stats and module.num_batches_tracked is not None
-        momentum = 1.0 / float(module.num_batches_tracked + 1) if counted else 0.0
+        momentum = 1.0 / float(module.num_batches_tracked + 1) if _counts(module) else 0.0
     return Norm(
         module.weight,
         module.bias,

@@ -44,10 +44,14 @@ def channel_sum(t: Tensor) -> Tensor:
     return t.sum([d for d in range(t.dim()) if d != 1])
 
 
-def branch(value: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None) -> Branch:
+def branch(
+    value: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None
+) -> Branch:
     value = value.double()
     zero, one = value.new_zeros(value.shape[1]), value.new_ones(value.shape[1])
-    given = [default if t is None else t.double() for t, default in ((mean, zero), (rstd, one), (weight, one), (bias, zero))]
+    given = [
+        default if t is None else t.double() for t, default in ((mean, zero), (rstd, one), (weight, one), (bias, zero))
+    ]
     return Branch(value, *given)
 
 
@@ -58,7 +62,7 @@ def statistics_branch(value: Tensor, weight: Tensor | None, bias: Tensor | None,
     return branch(value, weight, bias, high + low, rstd)
 
 
-def batch_statistics(x, running_mean, running_var, source: int, momentum: float, eps: float) -> Tensor:  # noqa: ANN001
+def batch_statistics(x, running_mean, running_var, source: int, momentum: float, eps: float) -> Tensor:
     """(3, C) as the schema has it; the running statistics move in training."""
     dtype = kernels.accumulation_dtype(x)
     if source == Statistics.ABSENT:
@@ -89,27 +93,28 @@ def write_output(x: Tensor, z: Tensor, act: Activation, keep_mask: bool) -> tupl
     mask = kernels.empty_mask(y, keep_mask)
     if mask.numel():
         passes = act.derivative(y)
-        rows = passes.movedim(1, -1).reshape(mask.shape[0], -1) if kernels.is_channels_last(y) else passes.reshape(mask.shape[0], -1)
-        padded = torch.nn.functional.pad(rows, (0, 8 * mask.shape[1] - rows.shape[1])).unflatten(1, (-1, 8))
+        rows = (passes.movedim(1, -1) if mask.dim() == 2 else passes).reshape(*mask.shape[:-1], -1)
+        padded = torch.nn.functional.pad(rows, (0, 8 * mask.shape[-1] - rows.shape[-1])).unflatten(-1, (-1, 8))
         mask.copy_((padded.long() << torch.arange(8)).sum(-1))
     return y, mask
 
 
-def unpack(mask: Tensor, y: Tensor) -> Tensor:
-    bits = (mask[..., None].long() >> torch.arange(8) & 1).bool().flatten(1)
-    if kernels.is_channels_last(y):
-        return bits[:, : y.shape[1]].reshape(y.shape[0], *y.shape[2:], y.shape[1]).movedim(-1, 1)
-    return bits[:, : y.numel() // (y.shape[0] * y.shape[1])].reshape(y.shape)
+def unpack(mask: Tensor, dy: Tensor) -> Tensor:
+    bits = (mask[..., None].long() >> torch.arange(8) & 1).bool().flatten(-2)
+    n, c, *pixels = dy.shape
+    if mask.dim() == 2:
+        return bits[:, :c].reshape(n, *pixels, c).movedim(-1, 1)
+    return bits[..., : dy.numel() // (n * c)].reshape(dy.shape)
 
 
-def affine_act_forward(x, scale, bias, mean, residual, scale_r, bias_r, mean_r, gate, act, keep_mask):  # noqa: ANN001, ANN201
+def affine_act_forward(x, scale, bias, mean, residual, scale_r, bias_r, mean_r, gate, act, keep_mask):
     shortcut = None if residual is None else branch(residual, scale_r, bias_r, mean_r, None)
     return write_output(x, join(branch(x, scale, bias, mean, None), shortcut, gate), CATALOGUE[act], keep_mask)
 
 
-def bn_act_forward(  # noqa: ANN201
-    x, weight, bias, mean, var, residual, weight_r, bias_r, mean_r, var_r, gate,  # noqa: ANN001
-    source, source_r, momentum, momentum_r, eps, eps_r, act, keep_mask,  # noqa: ANN001
+def bn_act_forward(
+    x, weight, bias, mean, var, residual, weight_r, bias_r, mean_r, var_r, gate,
+    source, source_r, momentum, momentum_r, eps, eps_r, act, keep_mask,
 ):  # fmt: skip
     stats = batch_statistics(x, mean, var, source, momentum, eps)
     stats_r = batch_statistics(x if residual is None else residual, mean_r, var_r, source_r, momentum_r, eps_r)
@@ -131,9 +136,9 @@ def branch_backward(g: Tensor, operand: Branch, from_batch: bool) -> tuple[Tenso
     return dx, dweight, dbias
 
 
-def backward(dy, y, mask, x: Branch, residual: Branch, gate, from_batch, act: Activation, needs) -> list[Tensor]:  # noqa: ANN001
+def backward(dy, y, mask, x: Branch, residual: Branch, gate, from_batch, act: Activation, needs) -> list[Tensor]:
     if mask is not None:
-        slope = unpack(mask, dy if y is None else y)
+        slope = unpack(mask, dy)
     elif not act.from_output:
         slope = act.derivative(join(x, residual, gate))
     else:
@@ -164,7 +169,7 @@ def dense(found: list[Tensor], dy: Tensor, x: Tensor | None, residual: Tensor | 
     return tuple(found)
 
 
-def affine_act_backward(dy, y, mask, x, scale, bias, mean, residual, scale_r, bias_r, mean_r, gate, act, needs):  # noqa: ANN001, ANN201
+def affine_act_backward(dy, y, mask, x, scale, bias, mean, residual, scale_r, bias_r, mean_r, gate, act, needs):
     zeros = torch.zeros_like(dy)
     branches = (
         branch(zeros if x is None else x, scale, bias, mean, None),
@@ -174,8 +179,23 @@ def affine_act_backward(dy, y, mask, x, scale, bias, mean, residual, scale_r, bi
     return dense(found, dy, x, residual)
 
 
-def bn_act_backward(  # noqa: ANN201
-    dy, y, mask, x, weight, bias, stats, residual, weight_r, bias_r, stats_r, gate, source, source_r, act, needs  # noqa: ANN001
+def bn_act_backward(
+    dy,
+    y,
+    mask,
+    x,
+    weight,
+    bias,
+    stats,
+    residual,
+    weight_r,
+    bias_r,
+    stats_r,
+    gate,
+    source,
+    source_r,
+    act,
+    needs,
 ):
     zeros = torch.zeros_like(dy)
     branches = (

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+
 class Affine(NamedTuple):
     """Per-channel (t - mean) * scale + bias; an absent member is left out of the formula."""
 

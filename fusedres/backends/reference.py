@@ -39,7 +39,9 @@ def apply_norm(t: Tensor, norm: Norm | None) -> Tensor:
     return t if norm is None else F.batch_norm(t, *_in_eager_order(norm))
 
 
-def _in_eager_order(norm: Norm) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float]:
+def _in_eager_order(
+    norm: Norm,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float]:
     weight, bias, running_mean, running_var, training, momentum, eps = norm
     return running_mean, running_var, weight, bias, training, momentum, eps
 

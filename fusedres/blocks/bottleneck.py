@@ -32,7 +32,9 @@ class Bottleneck(Block):
 
     expansion: int = 4
     residual = Residual(
-        (Stage("conv1", "bn1", "relu"), Stage("conv2", "bn2", "relu"), Stage("conv3", "bn3")), "downsample", act="relu"
+        (Stage("conv1", "bn1", "relu"), Stage("conv2", "bn2", "relu"), Stage("conv3", "bn3")),
+        "downsample",
+        act="relu",
     )
 
     def __init__(

@@ -73,7 +73,6 @@ class AffineAct(torch.autograd.Function):
         _, _, need_scale, _, _, _, need_scale_r, _, _, need_gate, _ = ctx.needs_input_grad
         smooth = not activation.from_output
         ctx.operators, ctx.activation = operators, activation
-        ctx.channels_last = kernels.is_channels_last(y)
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.save_for_backward(
             None if smooth or activation is IDENTITY or mask.numel() else y,
@@ -127,23 +126,20 @@ def _backward_once(ctx: Any, dy: Tensor) -> list[Tensor | None]:
         dgate,
     ]
     dtypes = [None, *map(_dtype, branch), ctx.residual_dtype, *map(_dtype, shortcut), _dtype(gate)]
-    return [
-        gradients.cast(d, dtype) if needed else None
-        for d, dtype, needed in zip(found, dtypes, needs, strict=True)
-    ]
+    return [gradients.cast(d, dtype) if needed else None for d, dtype, needed in zip(found, dtypes, needs, strict=True)]
 
 
 def _backward_again(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     """create_graph: the formula rerun; where the output tells the slope, on the pre-activation alone."""
     y, mask, x, *affine, residual, scale_r, bias_r, mean_r, gate = ctx.saved_tensors
     activation = ctx.activation
-    slope = gradients.activation_slope(activation, y, mask, dy, ctx.channels_last)
+    slope = gradients.activation_slope(activation, y, mask, dy)
     if x is None:
         x = gradients.placeholder(dy, dy.dtype)
     if residual is None and ctx.residual_dtype is not None:
         residual = gradients.placeholder(dy, ctx.residual_dtype)
 
-    def formula(x, scale, bias, mean, residual, scale_r, bias_r, mean_r, gate):  # noqa: ANN001, ANN202
+    def formula(x, scale, bias, mean, residual, scale_r, bias_r, mean_r, gate):
         if residual is not None:
             residual = reference.apply_affine(residual, Affine(scale_r, bias_r, mean_r))
         z = reference.join(reference.apply_affine(x, Affine(scale, bias, mean)), residual, gate, owned=False)
@@ -167,7 +163,20 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_backward(
-    dy, y, mask, x, scale, bias, mean, residual, scale_r, bias_r, mean_r, gate, act, needs  # noqa: ANN001
+    dy,
+    y,
+    mask,
+    x,
+    scale,
+    bias,
+    mean,
+    residual,
+    scale_r,
+    bias_r,
+    mean_r,
+    gate,
+    act,
+    needs,
 ) -> tuple[Tensor, ...]:
     return kernels.fake_gradients(dy, (x, scale, bias, residual, scale_r, bias_r, gate), needs)
 

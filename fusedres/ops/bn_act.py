@@ -37,7 +37,7 @@ def bn_act(
         act: a name of the catalogue, `fusedres.epilogue.CATALOGUE`.
 
     >>> x = torch.tensor([[1.0], [3.0]])
-    >>> bn_act(x, Norm(training=True, eps=0.0), residual=x)
+    >>> bn_act(x, Norm(training=True), residual=x).round()
     tensor([[0.],
             [4.]])
     """
@@ -82,7 +82,6 @@ class BnAct(torch.autograd.Function):
         smooth = not activation.from_output
         ctx.operators, ctx.activation = operators, activation
         ctx.sources, ctx.eps = (source, source_r), (eps, eps_r)
-        ctx.channels_last = kernels.is_channels_last(y)
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.save_for_backward(
             None if smooth or activation is IDENTITY or mask.numel() else y,
@@ -121,23 +120,20 @@ def _backward_once(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | Non
     operands = (None, weight, bias, None, weight_r, bias_r, gate)
     dtypes = [None if t is None else t.dtype for t in operands]
     dtypes[3] = ctx.residual_dtype
-    return [
-        gradients.cast(d, dtype) if needed else None
-        for d, dtype, needed in zip(found, dtypes, needs, strict=True)
-    ]
+    return [gradients.cast(d, dtype) if needed else None for d, dtype, needed in zip(found, dtypes, needs, strict=True)]
 
 
 def _backward_again(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
     """create_graph: the formula rerun; where the output tells the slope, on the pre-activation alone."""
     y, mask, x, weight, bias, stats, residual, weight_r, bias_r, stats_r, gate = ctx.saved_tensors
     activation, (source, source_r), (eps, eps_r) = ctx.activation, ctx.sources, ctx.eps
-    slope = gradients.activation_slope(activation, y, mask, dy, ctx.channels_last)
+    slope = gradients.activation_slope(activation, y, mask, dy)
     if x is None:
         x = gradients.placeholder(dy, dy.dtype)
     if residual is None and ctx.residual_dtype is not None:
         residual = gradients.placeholder(dy, ctx.residual_dtype)
 
-    def formula(x, weight, bias, residual, weight_r, bias_r, gate):  # noqa: ANN001, ANN202
+    def formula(x, weight, bias, residual, weight_r, bias_r, gate):
         if residual is not None:
             residual = _normalise_again(residual, weight_r, bias_r, stats_r, source_r, eps_r)
         branch = _normalise_again(x, weight, bias, stats, source, eps)
@@ -152,10 +148,17 @@ def _normalise_again(
 ) -> Tensor:
     if source == Statistics.ABSENT:
         return t
-    if source == Statistics.BATCH:  # no running statistics: they have moved already
-        return reference.apply_norm(t, Norm(weight, bias, training=True, eps=eps))
+    if source == Statistics.BATCH:
+        # Spelled out: aten's batch norm takes its statistics for constants from the third order on.
+        wide = t.to(stats.dtype)
+        var, mean = torch.var_mean(wide, [d for d in range(t.dim()) if d != 1], correction=0)
+        return reference.apply_affine(t, Affine(_scale(weight, (var + eps).rsqrt()), bias, mean))
     mean, mean_low, rstd = stats
-    return reference.apply_affine(t, Affine(rstd if weight is None else rstd * weight, bias, mean + mean_low))
+    return reference.apply_affine(t, Affine(_scale(weight, rstd), bias, mean + mean_low))
+
+
+def _scale(weight: Tensor | None, rstd: Tensor) -> Tensor:
+    return rstd if weight is None else rstd * weight
 
 
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -168,7 +171,19 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_backward(
-    dy, y, mask, x, weight, bias, stats, residual, weight_r, bias_r, stats_r, gate, *rest  # noqa: ANN001
+    dy,
+    y,
+    mask,
+    x,
+    weight,
+    bias,
+    stats,
+    residual,
+    weight_r,
+    bias_r,
+    stats_r,
+    gate,
+    *rest,
 ) -> tuple[Tensor, ...]:
     return kernels.fake_gradients(dy, (x, weight, bias, residual, weight_r, bias_r, gate), rest[-1])
 

@@ -61,7 +61,7 @@ def check_branch(x: Tensor, name: str, branch: Affine | Norm | None, operand: Te
         ):
             raise ValueError(
                 f"{name} must hold one floating-point value per channel of x: expected ({channels},) on {device}, "
-                f"got {tuple(t.shape)} {t.dtype} on {t.device}; build it with {channels} channels, or move it with .to()"
+                f"got {tuple(t.shape)} {t.dtype} on {t.device}; build it with {channels} channels, or use .to()"
             )
 
 
@@ -74,6 +74,8 @@ def check_norm(x: Tensor, name: str, norm: Norm | None, operand: Tensor | None) 
         values = x.numel() // max(x.shape[1], 1)
         if values == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        if norm.eps <= 0.0:
+            raise ValueError(f"{name}.eps must be positive when training, got {norm.eps}; pass eps=1e-5")
     elif norm.running_mean is None or norm.running_var is None:
         raise ValueError(f"{name} must have running_mean and running_var unless training=True; pass both")
 

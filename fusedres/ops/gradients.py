@@ -10,14 +10,14 @@ from torch import Tensor
 from fusedres.epilogue import Activation
 
 
-def unpack_mask(mask: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
     """The bits of `kernels.empty_mask` as a bool tensor of `like`'s shape."""
     bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)).bitwise_and(1).bool()
-    rows = bits.flatten(1)
+    rows = bits.flatten(-2)
     n, c, *pixels = like.shape
-    if channels_last:
+    if mask.dim() == 2:
         return rows[:, :c].reshape(n, *pixels, c).movedim(-1, 1)
-    return rows[:, : like.numel() // (n * c)].reshape(like.shape)
+    return rows[..., : like.numel() // (n * c)].reshape(like.shape)
 
 
 def apply_slope(z: Tensor, slope: Tensor | None) -> Tensor:
@@ -27,12 +27,10 @@ def apply_slope(z: Tensor, slope: Tensor | None) -> Tensor:
     return torch.where(slope, z, 0.0) if slope.dtype == torch.bool else slope * z
 
 
-def activation_slope(
-    activation: Activation, y: Tensor | None, mask: Tensor | None, like: Tensor, channels_last: bool
-) -> Tensor | None:
+def activation_slope(activation: Activation, y: Tensor | None, mask: Tensor | None, like: Tensor) -> Tensor | None:
     """d act / dz of an activation whose output tells it; None stands for 1."""
     if mask is not None:
-        return unpack_mask(mask, like, channels_last)
+        return unpack_mask(mask, like)
     return None if y is None else activation.derivative(y)
 
 

@@ -1,0 +1,286 @@
+"""affine_act and bn_act as operators: gradients of every subset, schemas, strides, compilation, and bad input."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import python_backend
+import torch
+from torch import Tensor
+
+from fusedres import ops, testing
+from fusedres.backends import Statistics
+from fusedres.epilogue import CATALOGUE
+from fusedres.ops import Affine, Norm, affine_act, bn_act, kernels
+
+SMOOTH = [row.name for row in CATALOGUE if not row.from_output]
+
+
+@pytest.fixture
+def python() -> Iterator[None]:
+    ops.register_backend(python_backend.BACKEND)
+    yield
+    ops.unregister_backend(python_backend.BACKEND)
+
+
+@pytest.fixture(params=["reference", "python"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "python":
+        ops.register_backend(python_backend.BACKEND)
+    yield request.param
+    if request.param == "python":
+        ops.unregister_backend(python_backend.BACKEND)
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+
+def both_norms(training: bool, training_r: bool, act: str) -> Callable[..., Tensor]:
+    def f(x, weight, bias, residual, weight_r, bias_r, gate):
+        running = torch.full((3,), 0.1, dtype=torch.float64), torch.full((3,), 1.3, dtype=torch.float64)
+        norm = Norm(weight, bias, *(running if not training else (None, None)), training)
+        norm_r = Norm(weight_r, bias_r, *(running if not training_r else (None, None)), training_r)
+        return bn_act(x, norm, residual=residual, residual_norm=norm_r, gate=gate, act=act)
+
+    return f
+
+
+def both_affine(x, scale, bias, mean, residual, scale_r, bias_r, mean_r, gate, act="relu"):
+    affine, affine_r = Affine(scale, bias, mean), Affine(scale_r, bias_r, mean_r)
+    return affine_act(x, affine, residual=residual, residual_affine=affine_r, gate=gate, act=act)
+
+
+def bn_operands() -> list[Tensor]:
+    return [leaf(2, 3, 2, 3), leaf(3), leaf(3), leaf(2, 3, 2, 3), leaf(3), leaf(3), leaf(2, 1, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    "subset", list(itertools.product([False, True], repeat=7)), ids=lambda s: "".join("01"[b] for b in s)
+)
+def test_gradients_of_every_subset_of_bn_act(subset: tuple[bool, ...]) -> None:
+    ops.register_backend(python_backend.BACKEND)
+    try:
+        operands = [t.detach().requires_grad_(needed) for t, needed in zip(bn_operands(), subset, strict=True)]
+        f = both_norms(True, False, "relu")
+        if any(subset):
+            assert torch.autograd.gradcheck(f, operands, fast_mode=True)
+        else:
+            assert not f(*operands).requires_grad
+    finally:
+        ops.unregister_backend(python_backend.BACKEND)
+
+
+@pytest.mark.parametrize("chosen", [*itertools.combinations(range(9), 1), *itertools.combinations(range(9), 8)])
+def test_gradients_of_single_operands_and_all_but_one_of_affine_act(backend: str, chosen: tuple[int, ...]) -> None:
+    shapes = [(2, 3, 2, 3), (3,), (3,), (3,), (2, 3, 2, 3), (3,), (3,), (3,), (1, 3, 1, 1)]
+    operands = [leaf(*shape).detach().requires_grad_(index in chosen) for index, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(both_affine, operands, fast_mode=True)
+
+
+@pytest.mark.parametrize("act", [row.name for row in CATALOGUE])
+@pytest.mark.parametrize("modes", list(itertools.product([True, False], repeat=2)), ids=str)
+def test_first_and_second_order_gradients_of_both_norms(backend: str, act: str, modes: tuple[bool, bool]) -> None:
+    operands = bn_operands()
+    f = both_norms(*modes, act)
+    assert torch.autograd.gradcheck(f, operands)
+    assert torch.autograd.gradgradcheck(f, operands, fast_mode=act not in SMOOTH)
+
+
+@pytest.mark.parametrize("act", [row.name for row in CATALOGUE])
+def test_second_order_gradients_of_affine_act(backend: str, act: str) -> None:
+    shapes = [(2, 3, 2, 3), (3,), (3,), (3,), (2, 3, 2, 3), (3,), (3,), (3,), (2, 3, 1, 1)]
+    operands = [leaf(*shape) for shape in shapes]
+    assert torch.autograd.gradgradcheck(lambda *t: both_affine(*t, act=act), operands, fast_mode=True)
+
+
+@pytest.mark.usefixtures("python")
+def test_third_order_gradients_where_atens_batch_norm_has_none() -> None:
+    x, w = leaf(3, 2, 2, 2), leaf(2)
+
+    def second(x: Tensor, w: Tensor) -> Tensor:
+        y = bn_act(x, Norm(w, None, training=True), residual=x, act="silu")
+        (dx,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+        (ddw,) = torch.autograd.grad((dx**2).sum(), w, create_graph=True)
+        return ddw
+
+    assert torch.autograd.gradcheck(second, (x, w))
+
+
+def test_one_operand_computed_from_another_keeps_the_gradients_apart(backend: str) -> None:
+    r, w = leaf(3, 2, 2, 2), leaf(2)
+
+    def f(r: Tensor, w: Tensor) -> Tensor:
+        return bn_act(r * r, Norm(w, None, training=True), residual=r)
+
+    assert torch.autograd.gradgradcheck(f, (r, w))
+
+
+@pytest.mark.parametrize("keep_mask", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck_without_exemptions(keep_mask: bool, channels_last: bool) -> None:
+    ops.register_backend(python_backend.BACKEND)
+    try:
+        order = torch.channels_last if channels_last else torch.contiguous_format
+        x, r = (torch.randn(2, 3, 4, 5).to(memory_format=order) for _ in range(2))
+        weight, bias, mean, var = torch.rand(3), torch.rand(3), torch.zeros(3), torch.ones(3)
+        gate = torch.rand(2, 1, 1, 1)
+        scalars = (Statistics.BATCH.value, Statistics.BATCH.value, 0.1, 0.2, 1e-5, 1e-4, 1)
+        bn = (x, weight, bias, mean, var, r, weight, bias, mean.clone(), var.clone(), gate, *scalars)
+        affine = (x, weight, bias, mean, r, weight, bias, mean, gate, 1)
+        operators = torch.ops.fusedres_python
+        for name, arguments in (("bn_act", bn), ("affine_act", affine)):
+            wanting = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() if t is x or t is r or t is gate else t for t in arguments]  # fmt: skip # noqa: E501
+            torch.library.opcheck(getattr(operators, name).default, tuple(wanting))
+            torch.library.opcheck(getattr(operators, name).default, arguments)
+            torch.library.opcheck(getattr(operators, f"{name}_forward").default, (*arguments, keep_mask))
+        y, stats, stats_r, mask = operators.bn_act_forward(*bn, keep_mask)
+        saved = (
+            None if keep_mask else y,
+            mask if keep_mask else None,
+            x,
+            weight,
+            bias,
+            stats,
+            r,
+            weight,
+            bias,
+            stats_r,
+        )
+        for needs in ([True] * 7, [False] * 7, [True, False, True, False, True, False, True]):
+            torch.library.opcheck(
+                operators.bn_act_backward.default, (torch.randn_like(y), *saved, gate, 1, 1, 1, needs)
+            )
+    finally:
+        ops.unregister_backend(python_backend.BACKEND)
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_outputs_and_gradients_have_eagers_strides(backend: str, layout: str) -> None:
+    for shape in testing.SHAPES:
+        case = testing.Case(
+            "bn_act", torch.float32, layout, shape, "normal", "training", "plain", "none", "relu", "all", 1
+        )
+        given = testing.operands(case)
+        ours, theirs = (
+            testing.results(testing.candidate, case, given),
+            testing.results(testing.eager, case, given),
+        )
+        assert strides(ours["y"]) == strides(kernels.empty_output(given.x)) == strides(theirs["y"])
+        assert strides(ours["dx"]) == strides(theirs["dx"])
+
+
+def strides(t: Tensor) -> list[int]:
+    """Those that place elements: a dimension of size 1 may carry any."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dynamo_backend", ["aot_eager", "inductor"])
+def test_fullgraph_compilation_moves_the_statistics_once(
+    backend: str, dynamo_backend: str, order: torch.memory_format
+) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(2, 5, 4, 4).to(memory_format=order).requires_grad_()
+    r = torch.randn(2, 5, 4, 4).to(memory_format=order).requires_grad_()
+    weight, bias = torch.rand(5, requires_grad=True), torch.rand(5, requires_grad=True)
+
+    def f(x: Tensor, r: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return bn_act(x, Norm(weight, bias, mean, var, training=True), residual=r)
+
+    found = []
+    for run in (f, torch.compile(f, fullgraph=True, backend=dynamo_backend)):
+        mean, var = torch.zeros(5), torch.ones(5)
+        y = run(x, r, mean, var)
+        found.append([y, mean, var, *torch.autograd.grad(y.square().sum(), [x, r, weight, bias])])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
+        assert compiled.stride() == eager.stride()
+
+
+def test_half_inputs_take_fp32_parameters_and_give_them_fp32_gradients(backend: str) -> None:
+    x = torch.randn(4, 3, 2, 2).bfloat16().requires_grad_()
+    r = torch.randn(4, 3, 2, 2, requires_grad=True)
+    weight = torch.rand(3, requires_grad=True)
+    y = bn_act(x, Norm(weight, training=True), residual=r)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert r.grad.dtype == weight.grad.dtype == torch.float32  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (2, 3, 2, 3, 2), (0, 3, 2, 2)])
+def test_any_number_of_dimensions_and_empty_batches_are_eagers(backend: str, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    weight, bias = torch.rand(3, requires_grad=True), torch.rand(3, requires_grad=True)
+    y = bn_act(x, Norm(weight, bias, training=True), residual=x)
+    expected = torch.relu(torch.nn.functional.batch_norm(x, None, None, weight, bias, True) + x)
+    torch.testing.assert_close(y, expected)
+    for ours, eager in zip(*(torch.autograd.grad(t.sum(), [x, weight, bias]) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-5)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 7), st.integers(1, 7)),
+    layout=st.sampled_from(testing.LAYOUTS),
+    dtype=st.sampled_from(testing.DTYPES),
+    op=st.sampled_from(["bn_act", "affine_act"]),
+    residual=st.sampled_from(testing.RESIDUALS),
+    gate=st.sampled_from(testing.GATES),
+    act=st.sampled_from([row.name for row in CATALOGUE]),
+    seed=st.integers(0, 10**6),
+)
+def test_any_shape_layout_and_form_is_within_the_bar(shape, layout, dtype, op, residual, gate, act, seed) -> None:
+    mode = "training" if op == "bn_act" and shape[0] * shape[2] * shape[3] > 1 else "eval"
+    case = testing.Case(op, dtype, layout, shape, "normal", mode, residual, gate, act, "all", seed)
+    ops.register_backend(python_backend.BACKEND)
+    try:
+        assert not [row for row in testing.compare(case) if row.fails_alone()]
+    finally:
+        ops.unregister_backend(python_backend.BACKEND)
+
+
+X = torch.randn(2, 3, 4, 4)
+RUNNING = (torch.zeros(3), torch.ones(3))
+BAD_INPUT = {
+    "x must be a floating-point tensor, got torch.int64; convert": lambda: affine_act(X.long()),
+    "x must be .N, C, .*, got .2,.; add a batch dimension": lambda: affine_act(X[:, 0, 0, 0]),
+    "residual must match x: expected .2, 3, 4, 4., got .2, 3, 4, 1.; project": lambda: affine_act(
+        X, residual=X[..., :1]
+    ),
+    "residual must be a floating-point tensor on cpu, got torch.int64": lambda: affine_act(X, residual=X.long()),
+    "residual must be .* on cpu, got torch.float32 on meta": lambda: affine_act(X, residual=X.to("meta")),
+    "gate must be .1 or N, 1 or C, 1, .*got .2, 3, 4, 1.": lambda: affine_act(X, gate=X[..., :1]),
+    "gate must be .* got .3,.": lambda: affine_act(X, gate=torch.rand(3)),
+    "gate must be a floating-point tensor": lambda: affine_act(X, gate=torch.ones(2, 1, 1, 1, dtype=torch.int32)),
+    "affine must hold one floating-point value per channel of x: expected .3,. on cpu, got .4,.": lambda: affine_act(
+        X, Affine(torch.rand(4))
+    ),
+    "residual_affine was given without a residual; pass residual=": lambda: affine_act(
+        X, residual_affine=Affine(torch.rand(3))
+    ),
+    "norm must hold .* got .3,. torch.float32 on meta": lambda: bn_act(
+        X, Norm(torch.rand(3, device="meta"), None, *RUNNING)
+    ),
+    "norm must hold .* got .3,. torch.int64": lambda: bn_act(X, Norm(torch.ones(3).long(), None, *RUNNING)),
+    "norm must have running_mean and running_var unless training=True": lambda: bn_act(X, Norm()),
+    "Expected more than 1 value per channel when training": lambda: bn_act(X[:1, :, :1, :1], Norm(training=True)),
+    "act must be one of identity, relu.* got 'swish'": lambda: affine_act(X, act="swish"),
+}
+
+
+@pytest.mark.parametrize("message", BAD_INPUT)
+def test_bad_input_gets_the_rule_what_came_and_the_remedy(backend: str, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        BAD_INPUT[message]()
+
+
+def test_nothing_is_modified_before_the_check_passes(backend: str) -> None:
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError, match="residual must match"):
+        bn_act(X, Norm(None, None, mean, var, training=True), residual=X[:1])
+    assert mean.eq(0).all() and var.eq(1).all()
