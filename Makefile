@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-full test-oldest lint format package bench clean
+.PHONY: help venv demo test test-full test-oldest lint format package bench errors clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,9 @@ package: $(VENV)/runtime.stamp  ## build the wheel as a machine without torch or
 
 bench: $(VENV)/dev.stamp  ## time the ops and blocks on the CPU; for a GPU see benchmarks/gpu.py
 	$(if $(BENCHMARKS),$(BIN)/python -m pytest $(BENCHMARKS) $(ARGS),@echo "no CPU benchmark yet; on a GPU: python benchmarks/gpu.py --out DIR")
+
+errors: $(VENV)/dev.stamp  ## regenerate docs/errors.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/errors.py docs/errors.md
 
 clean:  ## remove the environments and everything built
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -95,12 +95,12 @@ def write_output(x: Tensor, z: Tensor, act: Activation, keep_mask: bool) -> tupl
         passes = act.derivative(y)
         rows = (passes.movedim(1, -1) if mask.dim() == 2 else passes).reshape(*mask.shape[:-1], -1)
         padded = torch.nn.functional.pad(rows, (0, 8 * mask.shape[-1] - rows.shape[-1])).unflatten(-1, (-1, 8))
-        mask.copy_((padded.long() << torch.arange(8)).sum(-1))
+        mask.copy_((padded.long() << torch.arange(8, device=y.device)).sum(-1))
     return y, mask
 
 
 def unpack(mask: Tensor, dy: Tensor) -> Tensor:
-    bits = (mask[..., None].long() >> torch.arange(8) & 1).bool().flatten(-2)
+    bits = (mask[..., None].long() >> torch.arange(8, device=dy.device) & 1).bool().flatten(-2)
     n, c, *pixels = dy.shape
     if mask.dim() == 2:
         return bits[:, :c].reshape(n, *pixels, c).movedim(-1, 1)

@@ -8,7 +8,7 @@ import pytest
 import python_backend
 import torch
 
-from fusedres import ops, testing
+from fusedres import numerics, ops, testing
 from fusedres.backends import Backend, Statistics
 from fusedres.backends.reference import BACKEND as REFERENCE
 
@@ -28,9 +28,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.mark.parametrize("op", ["bn_act", "affine_act"])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_errors_stay_within_the_bar(backend: Backend, op: str, dtype: torch.dtype, device: str) -> None:
-    rows = [row for case in CASES if (case.op, case.dtype) == (op, dtype) for row in testing.compare(case, device)]
+    rows = [row for case in CASES if (case.op, case.dtype) == (op, dtype) for row in numerics.compare(case, device)]
     alone = [row for row in rows if row.fails_alone()]
-    pooled = [pool for pool in testing.pools(rows) if pool.fails()]
+    pooled = [pool for pool in numerics.pools(rows) if pool.fails()]
     assert len(rows) > 600
     assert not alone, "\n".join(map(str, alone[:5]))
     assert not pooled, "\n".join(map(str, pooled[:5]))
@@ -74,7 +74,7 @@ def test_the_bar_catches_poor_statistics(statistics, monkeypatch: pytest.MonkeyP
             if case.op == "bn_act" and case.mode == "training" and case.dtype == torch.float32
             and case.values == "mean1e4" and case.layout == "contiguous" and case.residual != "projection"
         ]  # fmt: skip
-        rows = [row for case in chosen for row in testing.compare(case)]
+        rows = [row for case in chosen for row in numerics.compare(case)]
     finally:
         ops.unregister_backend(python_backend.BACKEND)
-    assert any(row.fails_alone() for row in rows) or any(pool.fails() for pool in testing.pools(rows))
+    assert any(row.fails_alone() for row in rows) or any(pool.fails() for pool in numerics.pools(rows))

@@ -1,0 +1,172 @@
+"""The contestants of the baseline stages: how each is built, what it computes, how far off that is."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from _gpu_stage import Model, Run, batch, gradients, import_torchvision, sgd, training_step
+from timing import graphed
+from torch.utils.checkpoint import checkpoint
+
+Outcome = dict[str, torch.Tensor]
+State = Mapping[str, torch.Tensor]
+
+# A relative error may be 1.5 times eager's or half a bf16 step, but never near 1: zeros would do as well.
+SLACK, FLOOR, HOPELESS = 1.5, 2.0**-8, 0.7
+
+
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    library: str = "torchvision"
+    compile_mode: str | None = None
+    amp: bool = True
+    graph: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all contestants of one contest do: the same network, the same weights, the same batch."""
+
+    network: str
+    training: bool
+    state: State
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+class Lane(Protocol):
+    """A contestant ready to run: its whole outcome once, or one step of the timed work."""
+
+    def outcome(self) -> Outcome: ...
+    def step(self) -> object: ...
+
+
+class Training:
+    def __init__(self, model: torch.nn.Module, call: Model, task: Task) -> None:
+        self.model, self.call, self.task = model, call, task
+        self.optimizer = sgd(model)
+
+    def outcome(self) -> Outcome:
+        """From the first state, put back in place: a recorded graph reads it at the same addresses."""
+        self.model.load_state_dict(self.task.state)
+        torch.compiler.cudagraph_mark_step_begin()
+        logits, loss = gradients(self.call, self.task.images, self.task.labels)
+        result = training_outcome(self.model, logits, loss)
+        self.optimizer.zero_grad()
+        return result
+
+    def step(self) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        training_step(self.call, self.optimizer, self.task.images, self.task.labels)
+
+
+class Inference:
+    def __init__(self, contestant: Contestant, call: Model, task: Task) -> None:
+        self.device, self.amp = task.images.device.type, contestant.amp
+        self.call = call
+        self.images = task.images if contestant.amp else task.images.bfloat16()
+        self.step: Callable[[], object] = graphed(self.answer) if contestant.graph else self.answer
+
+    @torch.inference_mode()
+    def answer(self) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
+            return self.call(self.images)
+
+    def outcome(self) -> Outcome:
+        logits = self.step()
+        assert isinstance(logits, torch.Tensor)
+        return {"logits": logits.float()}
+
+
+def new_task(network: str, size: int, *, training: bool, run: Run) -> Task:
+    state = reference_model(network, training=training).state_dict()
+    return Task(network, training, state, *batch(run, size, run.pick(224, 64)))
+
+
+def reference_model(network: str, *, training: bool) -> torch.nn.Module:
+    """torchvision's network with fixed random weights; its running statistics aren't the initial 0 and 1.
+
+    Branches end in a small scale, much as zero_init_residual has it: at scale 1 the bf16 gradient of a random
+    ResNet-50 is off by more than its own length, and any other gradient would agree with it.
+    """
+    torch.manual_seed(0)
+    model = getattr(import_torchvision().models, network)(weights=None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.get_buffer("running_mean"), -0.1, 0.1)
+            torch.nn.init.uniform_(module.get_buffer("running_var"), 0.8, 1.2)
+    for block in blocks(model):
+        last = "bn3" if hasattr(block, "bn3") else "bn2"
+        torch.nn.init.constant_(block.get_parameter(f"{last}.weight"), 0.2)
+    return model.train(training)
+
+
+def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [block for layer in range(1, 5) for block in model.get_submodule(f"layer{layer}").children()]
+
+
+def new_lane(contestant: Contestant, task: Task) -> Lane:
+    """Build and, if asked to, wrap for compilation; the compiler itself runs at the first outcome."""
+    library = "fusedres" if contestant.library == "fusedres" else import_torchvision().__name__
+    model = getattr(importlib.import_module(f"{library}.models"), task.network)()
+    model.load_state_dict(task.state)
+    dtype = torch.float32 if contestant.amp else torch.bfloat16
+    model = model.to(task.images.device, dtype, memory_format=torch.channels_last).train(task.training)
+    call: Model = model
+    if contestant.compile_mode:  # fullgraph: a graph break is an error, never a silent return to eager
+        call = torch.compile(model, mode=contestant.compile_mode, fullgraph=True, dynamic=False)
+    return Training(model, call, task) if task.training else Inference(contestant, call, task)
+
+
+def training_outcome(model: torch.nn.Module, logits: torch.Tensor, loss: torch.Tensor) -> Outcome:
+    """Everything in the order of its name; a gradient that is missing counts as zeros."""
+    parameters = [parameter for _, parameter in sorted(model.named_parameters())]
+    dparameters = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return {
+        "logits": logits.detach().float(),
+        "loss": loss.detach().float(),
+        "gradients": torch.cat([dparameter.flatten().float() for dparameter in dparameters]),
+        "running_statistics": running_statistics(model),
+    }
+
+
+def running_statistics(model: torch.nn.Module) -> torch.Tensor:
+    buffers = [buffer for _, buffer in sorted(model.named_buffers()) if buffer.is_floating_point()]
+    return torch.cat([buffer.flatten() for buffer in buffers])
+
+
+def true_outcome(task: Task) -> Outcome:
+    """The same network in float32, its blocks recomputed in backward: it fits where bf16 training fits."""
+    model = reference_model(task.network, training=task.training).to(task.images.device)
+    model.load_state_dict(task.state)
+    if not task.training:
+        with torch.inference_mode():
+            return {"logits": model(task.images)}
+    for block in blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    logits = model(task.images)
+    loss = torch.nn.functional.cross_entropy(logits, task.labels)
+    statistics = running_statistics(model)  # now: the recomputation moves them a second time
+    loss.backward()
+    return training_outcome(model, logits, loss) | {"running_statistics": statistics}
+
+
+def relative_errors(outcome: Outcome, truth: Outcome) -> dict[str, float]:
+    return {name: ((outcome[name] - true).norm() / true.norm()).item() for name, true in truth.items()}
+
+
+def disagreement(errors: Mapping[str, float], eager: Mapping[str, float]) -> str | None:
+    """What is further from the truth than eager allows; written so that NaN disagrees."""
+    off = [
+        f"{name} off by {error:.2e}, eager by {eager[name]:.2e}"
+        for name, error in errors.items()
+        if not error <= min(max(SLACK * eager[name], FLOOR), HOPELESS)
+    ]
+    return "; ".join(off) or None
