@@ -1,0 +1,234 @@
+"""The C++ compiler: which one, in which environment, and several runs at once with a time limit.
+
+It is run with argument lists, never through a shell, with no standard input and few environment variables:
+CPATH, LIBRARY_PATH and their like can't change a library behind its key's back.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+STEP_SECONDS = 600.0
+VERSION_SECONDS = 20.0
+NOTICE_SECONDS = 1.0
+POLL_SECONDS = 0.01
+FULL_DISK_BYTES = 1 << 20
+# A compiler from an environment module or a conda environment needs the first two, ccache the third.
+KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "HOME")
+
+
+class BuildError(RuntimeError):
+    """A library can't be built or loaded: one sentence, and in `output` what the compiler said."""
+
+    def __init__(self, message: str, output: str = "") -> None:
+        super().__init__(message)
+        self.output = output
+
+
+@dataclass(frozen=True)
+class Compiler:
+    argv: tuple[str, ...]
+    version: str
+
+    def __str__(self) -> str:
+        return f"{shlex.join(self.argv)} ({self.version})"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of the compiler: a word for the progress line, what to run, and the file it has to leave."""
+
+    label: str
+    argv: tuple[str, ...]
+    output: Path
+
+
+def find() -> Compiler:
+    """The compiler that CXX names, or else g++, or else c++."""
+    argv = _chosen()
+    path = shutil.which(argv[0])
+    if path is None:
+        raise BuildError(f"there is no C++ compiler: {argv[0]} is not on PATH; install g++ or set CXX")
+    argv = (path, *argv[1:])
+    return Compiler(argv, _version(argv))
+
+
+def _chosen() -> tuple[str, ...]:
+    text = os.environ.get("CXX", "")
+    try:
+        named = tuple(shlex.split(text))
+    except ValueError as error:
+        raise BuildError(f"CXX must be a command line; got {text!r} ({error})") from error
+    return named or next(((name,) for name in ("g++", "c++") if shutil.which(name)), ("g++",))
+
+
+def _version(argv: tuple[str, ...]) -> str:
+    command = (*argv, "--version")
+    try:
+        done = subprocess.run(
+            command,
+            env=_environment(None),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=VERSION_SECONDS,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(
+            f"`{shlex.join(command)}` did not end within {VERSION_SECONDS:.0f} s; set CXX"
+        ) from error
+    except OSError as error:
+        raise BuildError(f"`{shlex.join(command)}` can't be run: {error.strerror}; set CXX") from error
+    lines = done.stdout.decode(errors="replace").strip().splitlines()
+    if done.returncode or not lines:
+        raise BuildError(f"`{shlex.join(command)}` failed ({_ending(done.returncode)}); set CXX")
+    return lines[0]
+
+
+def _environment(folder: Path | None) -> dict[str, str]:
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    return {**kept, "LC_ALL": "C", **({"TMPDIR": str(folder)} if folder else {})}
+
+
+def notice(text: str) -> None:
+    """Write to stderr, where there is one."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+class Progress:
+    """Nothing in the first second; then one line that says what happens, and on a terminal how far it is."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title = title
+        self.total = total
+        self.begun = 0
+        self.text = ""
+        self.started = time.monotonic()
+        self.shown = ""
+        self.announced = False
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
+
+    def begin(self, label: str) -> None:
+        self.begun += 1
+        self.text = f"[{self.begun}/{self.total}] {label}"
+
+    def update(self) -> None:
+        if not self.announced and time.monotonic() - self.started > NOTICE_SECONDS:
+            self.announced = True
+            notice(f"fusedres: {self.title}\n")
+        if self.announced and self.terminal and self.text != self.shown:
+            self.shown = self.text
+            notice(f"\r\033[K{self.text}")
+
+    def clear(self) -> None:
+        """Leave the terminal's line empty."""
+        self.text = ""
+        self.update()
+
+
+@dataclass
+class _Run:
+    step: Step
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    started: float = field(default_factory=time.monotonic)
+
+    def end(self) -> None:
+        """Kill the compiler with everything it started, if it still runs."""
+        if self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.log.close()
+
+
+def run_all(steps: Sequence[Step], folder: Path, progress: Progress) -> None:
+    """Run the steps, as many at once as there are processors; the first failure ends the others.
+
+    Args:
+        folder: for the compiler's temporary files.
+    """
+    waiting = deque(steps)
+    running: list[_Run] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < len(os.sched_getaffinity(0)):
+                progress.begin(waiting[0].label)
+                running.append(_start(waiting.popleft(), folder))
+            progress.update()
+            time.sleep(POLL_SECONDS)
+            for run in [run for run in running if _ended(run)]:
+                running.remove(run)
+                run.end()
+    finally:
+        for run in running:
+            run.end()
+        progress.clear()
+
+
+def _start(step: Step, folder: Path) -> _Run:
+    # In memory: on a full disk the compiler's complaint would be lost with the file that holds it.
+    log = os.fdopen(os.memfd_create("fusedres"), "w+b")
+    process = subprocess.Popen(
+        step.argv,
+        cwd=folder,
+        env=_environment(folder),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    return _Run(step, process, log)
+
+
+def _ended(run: _Run) -> bool:
+    code = run.process.poll()
+    if code is None:
+        if time.monotonic() - run.started < STEP_SECONDS:
+            return False
+        raise BuildError(
+            f"{run.step.argv[0]} did not end within {STEP_SECONDS:.0f} s on {run.step.label}; set CXX"
+        )
+    if code or not _is_elf(run.step.output):
+        run.log.seek(0)
+        output = run.log.read().decode(errors="replace")
+        raise BuildError(_failure(run.step, code, output), output)
+    return True
+
+
+def _failure(step: Step, code: int, output: str) -> str:
+    lines = output.strip().splitlines()
+    told = next(
+        (line for line in lines if "error" in line.lower()), lines[-1] if lines else "it printed nothing"
+    )
+    ending = _ending(code) if code else "it left no object file"
+    full = shutil.disk_usage(step.output.parent).free < FULL_DISK_BYTES
+    hint = f"; the disk of {step.output.parent} is full: free space or set FUSEDRES_CACHE" if full else ""
+    return f"{step.argv[0]} failed on {step.label} ({ending}): {told}{hint}"
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+    return f"killed by {name}, as happens when memory runs out" if name == "SIGKILL" else f"killed by {name}"
+
+
+def _is_elf(path: Path) -> bool:
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(4) == b"\x7fELF"
+    return False
