@@ -87,7 +87,9 @@ def build(target: Target, into: Path | None = None) -> Path:
     try:
         _require_linux()
         return _cached(target, jit=True).path if into is None else _build_into(target, into)
-    except (Refused, OSError) as error:
+    except BuildError:
+        raise
+    except Exception as error:
         raise BuildError(_sentence(error)) from error
 
 
@@ -108,7 +110,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, (BuildError, Refused, TimeoutError)):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename or cache.location()} can't be used: {error.strerror}; set FUSEDRES_CACHE"
+        return f"{error.filename or 'the cache'} can't be used: {error.strerror}; set FUSEDRES_CACHE"
     return f"the compiled library can't be built: {type(error).__name__}: {error}"
 
 

@@ -69,7 +69,7 @@ def locked(root: Path, waiting: Callable[[], None]) -> Iterator[None]:
     Args:
         waiting: called again and again while another process holds the lock.
     """
-    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     _held.add(descriptor)
     try:
         _acquire(descriptor, root, waiting)

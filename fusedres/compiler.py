@@ -61,7 +61,7 @@ def find() -> Compiler:
     path = shutil.which(argv[0])
     if path is None:
         raise BuildError(f"there is no C++ compiler: {argv[0]} is not on PATH; install g++ or set CXX")
-    argv = (path, *argv[1:])
+    argv = (os.path.abspath(path), *argv[1:])  # it runs in another folder
     return Compiler(argv, _version(argv))
 
 
@@ -76,28 +76,44 @@ def _chosen() -> tuple[str, ...]:
 
 def _version(argv: tuple[str, ...]) -> str:
     command = (*argv, "--version")
+    words = f"`{shlex.join(command)}`"
     try:
-        done = subprocess.run(
-            command,
-            env=_environment(None),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=VERSION_SECONDS,
-            start_new_session=True,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(
-            f"`{shlex.join(command)}` did not end within {VERSION_SECONDS:.0f} s; set CXX"
-        ) from error
+        process = _run(command, _environment(), subprocess.PIPE)
     except OSError as error:
-        raise BuildError(f"`{shlex.join(command)}` can't be run: {error.strerror}; set CXX") from error
-    lines = done.stdout.decode(errors="replace").strip().splitlines()
-    if done.returncode or not lines:
-        raise BuildError(f"`{shlex.join(command)}` failed ({_ending(done.returncode)}); set CXX")
+        raise BuildError(f"{words} can't be run: {error.strerror}; set CXX") from error
+    try:
+        output, _ = process.communicate(timeout=VERSION_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        _kill(process)
+        raise BuildError(f"{words} did not end within {VERSION_SECONDS:.0f} s; set CXX") from error
+    lines = output.decode(errors="replace").strip().splitlines()
+    if process.returncode or not lines:
+        raise BuildError(f"{words} failed ({_ending(process.returncode)}); set CXX")
     return lines[0]
 
 
-def _environment(folder: Path | None) -> dict[str, str]:
+def _run(
+    argv: tuple[str, ...], environment: dict[str, str], output: int | IO[bytes]
+) -> subprocess.Popen[bytes]:
+    # A session of its own, so that it can be killed together with the processes that it starts.
+    return subprocess.Popen(
+        argv,
+        cwd=environment.get("TMPDIR"),
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def _environment(folder: Path | None = None) -> dict[str, str]:
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     return {**kept, "LC_ALL": "C", **({"TMPDIR": str(folder)} if folder else {})}
 
@@ -150,9 +166,7 @@ class _Run:
     def end(self) -> None:
         """Kill the compiler with everything it started, if it still runs."""
         if self.process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            _kill(self.process)
         self.log.close()
 
 
@@ -183,16 +197,7 @@ def run_all(steps: Sequence[Step], folder: Path, progress: Progress) -> None:
 def _start(step: Step, folder: Path) -> _Run:
     # In memory: on a full disk the compiler's complaint would be lost with the file that holds it.
     log = os.fdopen(os.memfd_create("fusedres"), "w+b")
-    process = subprocess.Popen(
-        step.argv,
-        cwd=folder,
-        env=_environment(folder),
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
-    return _Run(step, process, log)
+    return _Run(step, _run(step.argv, _environment(folder), log), log)
 
 
 def _ended(run: _Run) -> bool:

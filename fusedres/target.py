@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from fusedres import cache
 from fusedres.compiler import BuildError, Compiler, Step
 
 COMPILE_FLAGS = ("-fPIC", "-g0")
@@ -65,9 +66,9 @@ class Key:
     """What a build depends on; a cached library is used for an equal key only.
 
     The stable ABI lets one binary serve later versions of torch. Still the cache goes by the exact version: a
-    rebuild takes seconds and picks up what torch's headers put into the binary. A library built ahead, which
-    perhaps can't be rebuilt where it is used, has to match in `target`, `sources` and `machine` only: there
-    the ABI's promise counts.
+    rebuild costs a minute, once, and picks up what torch's headers put into the binary. A library built ahead,
+    which perhaps can't be rebuilt where it is used, has to match in `target`, `sources` and `machine` only:
+    there the ABI's promise counts.
     """
 
     target: str
@@ -166,6 +167,6 @@ def _digest(content: object) -> str:
 
 def _file_digest(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return cache.digest(path)
     except OSError as error:
         raise BuildError(f"the source {path} can't be read ({error.strerror}); reinstall fusedres") from error

@@ -68,20 +68,21 @@ class Fake:
     def runs(self) -> int:
         return len(self.log.read_text().split()) if self.log.exists() else 0
 
-    def alive(self) -> bool:
-        """Whether anything that a run started still runs."""
-        groups = set(self.log.read_text().split())
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):
-                state, _, group = status.read_text().rpartition(")")[2].split()[:3]
-                if group in groups and state != "Z":
-                    return True
-        return False
-
     def end_slow_runs(self) -> None:
         for pid in self.log.read_text().split():
             with suppress(ProcessLookupError):
                 os.killpg(int(pid), signal.SIGKILL)
+
+
+def alive(log: Path) -> bool:
+    """Whether anything that a logged run started still runs."""
+    groups = set(log.read_text().split())
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, group = status.read_text().rpartition(")")[2].split()[:3]
+            if group in groups and state != "Z":
+                return True
+    return False
 
 
 def script(path: Path, body: str) -> Path:
@@ -105,6 +106,11 @@ def ask_again(stub: Target) -> Library | Unavailable:
 def answer(found: Library | Unavailable) -> int:
     assert isinstance(found, Library), found
     return ctypes.CDLL(str(found.path)).answer()
+
+
+def origin(found: Library | Unavailable) -> str:
+    assert isinstance(found, Library), found
+    return found.origin
 
 
 def refusal(found: Library | Unavailable) -> str:

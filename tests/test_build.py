@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stub_target import ANSWER, Child, Fake, answer, ask_again, compiler_script, leftovers, refusal
+from stub_target import ANSWER, Child, Fake, answer, ask_again, compiler_script, leftovers, origin, refusal
 
 from fusedres import build, cache, compiler, target
 from fusedres.build import Library
@@ -46,7 +46,7 @@ def test_group_umask_does_not_spoil_the_cache(stub: Target) -> None:
     previous = os.umask(0o002)
     try:
         build.library(stub)
-        assert ask_again(stub).origin == "cached"
+        assert origin(ask_again(stub)) == "cached"
     finally:
         os.umask(previous)
 
@@ -176,7 +176,7 @@ def test_disable_jit_uses_a_build_but_makes_none(stub: Target, monkeypatch: pyte
     monkeypatch.setenv("FUSEDRES_DISABLE_JIT", "1")
     assert "FUSEDRES_DISABLE_JIT" in refusal(build.library(stub))
     build.build(stub)
-    assert ask_again(stub).origin == "cached"
+    assert origin(ask_again(stub)) == "cached"
 
 
 def test_build_none_turns_the_library_off(stub: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +264,12 @@ def link_the_entry(entry: Path) -> None:
     entry.symlink_to(entry.parent.parent / "entry")
 
 
+def lead_elsewhere(entry: Path) -> None:
+    shutil.copy(entry / "stub.so", entry.parent / "stub.so")
+    manifest = entry / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"stub.so"', '"../stub.so"'))
+
+
 def give_away(entry: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root gives files away")
@@ -278,9 +284,7 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "manifest gone": lambda entry: (entry / "manifest.json").unlink(),
     "manifest garbage": lambda entry: (entry / "manifest.json").write_bytes(b"\xff\x00"),
     "manifest of another shape": lambda entry: (entry / "manifest.json").write_text("[]"),
-    "manifest leads elsewhere": lambda entry: (entry / "manifest.json").write_text(
-        (entry / "manifest.json").read_text().replace('"stub.so"', '"../stub.so"')
-    ),
+    "manifest leads elsewhere": lead_elsewhere,
     "others write the library": lambda entry: (entry / "stub.so").chmod(0o666),
     "others write the entry": lambda entry: entry.chmod(0o777),
     "library is a link": link_the_library,
@@ -302,7 +306,7 @@ def test_a_spoiled_entry_is_refused_and_rebuilt_with_one_message(
     assert len(warned) == 1
     assert found == Library(first.path, "built now")
     assert answer(found) == 42
-    assert ask_again(stub).origin == "cached"
+    assert origin(ask_again(stub)) == "cached"
     assert fake.runs() == 4
 
 

@@ -20,10 +20,12 @@ from stub_target import (
     ANSWER,
     Child,
     Fake,
+    alive,
     answer,
     ask_again,
     compiler_script,
     leftovers,
+    origin,
     refusal,
     script,
     wait_until,
@@ -56,7 +58,7 @@ def test_no_compiler_is_a_reason_but_an_earlier_build_serves(
         patch.setenv("FUSEDRES_CACHE", str(stub.root / "cache"))
         build.build(stub)
         patch.setenv("PATH", "/nonexistent")
-        assert ask_again(stub).origin == "cached"
+        assert origin(ask_again(stub)) == "cached"
         (stub.root / "answer.cpp").write_text(ANSWER + "// edited\n")
         assert "no C++ compiler" in refusal(ask_again(stub))
 
@@ -94,9 +96,29 @@ def test_a_broken_compiler_is_a_reason(
 def test_a_compiler_that_does_not_tell_its_version_is_a_reason(
     body: str, pattern: str, stub: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CXX", str(script(tmp_path / "broken", body)))
+    log = tmp_path / "runs"
+    monkeypatch.setenv("CXX", str(script(tmp_path / "broken", f"echo $$ >> {log}\n{body}")))
     monkeypatch.setattr(compiler, "VERSION_SECONDS", 0.2)
     assert pattern in refusal(build.library(stub))
+    wait_until(lambda: not alive(log))
+
+
+def test_a_compiler_that_is_no_program_is_a_reason(
+    stub: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "g++"
+    path.write_text("not a program")
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    assert "can't be run: Exec format error; set CXX" in refusal(build.library(stub))
+
+
+def test_cxx_may_be_a_relative_path(
+    stub: Target, fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", f"./{fake.path.name}")
+    assert isinstance(build.library(stub), Library)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +137,7 @@ def test_a_compiler_that_hangs_is_killed_with_all_that_it_started(
     fake.slow.touch()
     monkeypatch.setattr(compiler, "STEP_SECONDS", 0.3)
     assert "did not end within" in refusal(build.library(stub))
-    wait_until(lambda: not fake.alive())
+    wait_until(lambda: not alive(fake.log))
 
 
 def test_a_read_only_home_is_a_reason(stub: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,8 +311,8 @@ def test_killed_at_20_points_recovers_20_of_20(
         found = ask_again(stub)
         assert answer(found) == 42
         # What was killed between its publication and its cleaning is found, and cleaned by the next build.
-        assert found.origin == "cached" or leftovers(root) == []
-        origins.append(found.origin)
+        assert origin(found) == "cached" or leftovers(root) == []
+        origins.append(origin(found))
     assert set(origins) == {"built now", "cached"}
 
 
@@ -306,7 +328,7 @@ def test_a_killed_build_leaves_no_lock_though_its_compiler_lives_on(
     started = time.monotonic()
     assert build.library(stub) == Library(next(home.glob("stub-*")) / "stub.so", "built now")
     assert time.monotonic() - started < 5
-    assert fake.alive()
+    assert alive(fake.log)
     assert leftovers(home) == []
 
 
@@ -403,7 +425,7 @@ except KeyboardInterrupt:
     child.process.send_signal(signal.SIGINT)
     assert child.result() == ("Library", "built now")
     assert leftovers(home) == []
-    wait_until(lambda: not fake.alive())
+    wait_until(lambda: not alive(fake.log))
 
 
 # What is said
