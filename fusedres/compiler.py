@@ -216,14 +216,13 @@ def _ended(run: _Run) -> bool:
 
 
 def _failure(step: Step, code: int, output: str) -> str:
-    lines = output.strip().splitlines()
-    told = next(
-        (line for line in lines if "error" in line.lower()), lines[-1] if lines else "it printed nothing"
-    )
+    lines = output.strip().splitlines() or ["it printed nothing"]
+    told = next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
     ending = _ending(code) if code else "it left no object file"
-    full = shutil.disk_usage(step.output.parent).free < FULL_DISK_BYTES
-    hint = f"; the disk of {step.output.parent} is full: free space or set FUSEDRES_CACHE" if full else ""
-    return f"{step.argv[0]} failed on {step.label} ({ending}): {told}{hint}"
+    remedy = "set CXX to another compiler, or FUSEDRES_DISABLE_JIT=1 to stop trying"
+    if shutil.disk_usage(step.output.parent).free < FULL_DISK_BYTES:
+        remedy = f"the disk of {step.output.parent} is full: free space or set FUSEDRES_CACHE"
+    return f"{step.argv[0]} failed on {step.label} ({ending}): {told}; {remedy}"
 
 
 def _ending(code: int) -> str:

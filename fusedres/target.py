@@ -66,7 +66,7 @@ class Key:
     """What a build depends on; a cached library is used for an equal key only.
 
     The stable ABI lets one binary serve later versions of torch. Still the cache goes by the exact version: a
-    rebuild costs a minute, once, and picks up what torch's headers put into the binary. A library built ahead,
+    rebuild costs a minute, once, and picks up what torch's headers put into the binary. One built ahead,
     which perhaps can't be rebuilt where it is used, has to match in `target`, `sources` and `machine` only:
     there the ABI's promise counts.
     """

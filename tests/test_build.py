@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pty
 import shutil
 import stat
 import sys
@@ -316,3 +317,39 @@ def test_warnings_as_errors_do_not_escape(stub: Target) -> None:
     os.truncate(first.path, 100)
     child = Child.start("import warnings; warnings.simplefilter('error'); ask()")
     assert child.result() == ("Library", "built now")
+
+
+# What is said
+
+
+def test_a_quick_build_says_nothing(stub: Target, fake: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    build.library(stub)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_slow_build_says_one_line(
+    stub: Target, home: Path, fake: Fake, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "NOTICE_SECONDS", 0)
+    build.library(stub)
+    assert capfd.readouterr() == ("", f"fusedres: building stub, once, in {home} (1 files)\n")
+
+
+def test_a_terminal_shows_the_progress(stub: Target, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(compiler, "NOTICE_SECONDS", 0)
+        build.library(stub)
+        shown = os.read(ours, 4096).decode()
+    os.close(ours)
+    assert shown.splitlines()[0].startswith("fusedres: building stub")
+    assert "[1/2] answer" in shown
+    assert "[2/2] link" in shown
+    assert shown.endswith("\r\033[K")
+
+
+def test_no_stderr_is_no_fault(stub: Target, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(compiler, "NOTICE_SECONDS", 0)
+    assert isinstance(build.library(stub), Library)
