@@ -97,6 +97,12 @@ def compiler_script(path: Path, body: str) -> Path:
     )
 
 
+def overwrite(path: Path, content: bytes) -> None:
+    """Put another file in its place: truncated, a loaded library would crash the process."""
+    path.unlink()
+    path.write_bytes(content)
+
+
 def ask_again(stub: Target) -> Library | Unavailable:
     """What the next process would be told."""
     build._resolved.clear()

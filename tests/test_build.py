@@ -13,7 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stub_target import ANSWER, Child, Fake, answer, ask_again, compiler_script, leftovers, origin, refusal
+from stub_target import (
+    ANSWER,
+    Child,
+    Fake,
+    answer,
+    ask_again,
+    compiler_script,
+    leftovers,
+    origin,
+    overwrite,
+    refusal,
+)
 
 from fusedres import build, cache, compiler, target
 from fusedres.build import Library
@@ -142,7 +153,8 @@ def test_a_library_built_ahead_from_other_sources_is_passed_over(stub: Target) -
 
 
 def test_a_damaged_library_built_ahead_is_passed_over_with_one_message(stub: Target) -> None:
-    os.truncate(build.build(stub, build.PREBUILT), 100)
+    path = build.build(stub, build.PREBUILT)
+    overwrite(path, path.read_bytes()[:100])
     with pytest.warns(RuntimeWarning, match=r"not what was built.*reinstall fusedres") as warned:
         assert answer(build.library(stub)) == 42
     assert len(warned) == 1
@@ -252,7 +264,7 @@ def test_the_lock_is_not_opened_through_a_link(stub: Target, home: Path, tmp_pat
 def flip_a_byte(entry: Path) -> None:
     content = bytearray((entry / "stub.so").read_bytes())
     content[-1] ^= 1
-    (entry / "stub.so").write_bytes(content)
+    overwrite(entry / "stub.so", content)
 
 
 def link_the_library(entry: Path) -> None:
@@ -278,8 +290,8 @@ def give_away(entry: Path) -> None:
 
 
 FAULTS: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda entry: os.truncate(entry / "stub.so", 100),
-    "emptied": lambda entry: os.truncate(entry / "stub.so", 0),
+    "truncated": lambda entry: overwrite(entry / "stub.so", (entry / "stub.so").read_bytes()[:100]),
+    "emptied": lambda entry: overwrite(entry / "stub.so", b""),
     "tampered": flip_a_byte,
     "library gone": lambda entry: (entry / "stub.so").unlink(),
     "manifest gone": lambda entry: (entry / "manifest.json").unlink(),
@@ -314,7 +326,7 @@ def test_a_spoiled_entry_is_refused_and_rebuilt_with_one_message(
 def test_warnings_as_errors_do_not_escape(stub: Target) -> None:
     first = build.library(stub)
     assert isinstance(first, Library)
-    os.truncate(first.path, 100)
+    overwrite(first.path, b"")
     child = Child.start("import warnings; warnings.simplefilter('error'); ask()")
     assert child.result() == ("Library", "built now")
 

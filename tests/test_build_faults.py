@@ -76,7 +76,8 @@ def test_a_broken_compiler_is_a_reason(
 
 
 @pytest.mark.parametrize(
-    "body,pattern", [("exit 1", "failed"), ("exit 0", "failed"), ("sleep 60", "did not end")]
+    "body,pattern",
+    [("exit 1", "failed"), ("exit 0", "failed"), ("echo g++; exit 1", "failed"), ("sleep 60", "did not end")],
 )
 def test_a_compiler_that_does_not_tell_its_version_is_a_reason(
     body: str, pattern: str, stub: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
