@@ -47,11 +47,16 @@ class Child:
     @classmethod
     def start(cls, code: str, *, prefix: tuple[str, ...] = ()) -> Child:
         argv = [*prefix, sys.executable, "-I", "-S", "-c", PROLOGUE + code]
-        return cls(subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        pipe = subprocess.PIPE
+        return cls(subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, start_new_session=True))
 
     def result(self) -> tuple[str, str]:
         """The class of what library() returned and its origin or reason."""
-        out, err = self.process.communicate(timeout=20)
+        try:
+            out, err = self.process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
         assert self.process.returncode == 0, err
         kind, detail = json.loads(out.strip().splitlines()[-1])
         return kind, detail

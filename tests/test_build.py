@@ -264,7 +264,7 @@ def test_the_lock_is_not_opened_through_a_link(stub: Target, home: Path, tmp_pat
 def flip_a_byte(entry: Path) -> None:
     content = bytearray((entry / "stub.so").read_bytes())
     content[-1] ^= 1
-    overwrite(entry / "stub.so", content)
+    overwrite(entry / "stub.so", bytes(content))
 
 
 def link_the_library(entry: Path) -> None:
