@@ -97,9 +97,7 @@ def script(path: Path, body: str) -> Path:
 
 
 def compiler_script(path: Path, body: str) -> Path:
-    return script(
-        path, f'case "$*" in *--version*) echo "fake 1.0"; exit 0;; esac\nfor last; do :; done\n{body}'
-    )
+    return script(path, f'case "$*" in *--version*) echo "fake 1.0"; exit 0;; esac\nfor last; do :; done\n{body}')
 
 
 def overwrite(path: Path, content: bytes) -> None:

@@ -90,15 +90,11 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_build_test, CompositeExplicitAutograd, m) {
     )
     assert isinstance(build.library(replace(stub, links_torch=True, flags=("-std=c++17",))), Library)
     assert torch.ops.fusedres_build_test.answer(41) == 42
-    runtimes = {
-        line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "gomp" in line
-    }
+    runtimes = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "gomp" in line}
     assert len(runtimes) == 1
 
 
-def test_key_covers_what_the_binary_depends_on(
-    stub: Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_key_covers_what_the_binary_depends_on(stub: Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gcc = compiler.find()
     keys = [target.key(stub, gcc).digest()]
 
@@ -115,6 +111,8 @@ def test_key_covers_what_the_binary_depends_on(
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     changed(stub)
     (stub.root / "answer.h").write_text("// a header\n")
+    changed(stub)
+    (stub.root / "answer.h").write_text("// another header\n")
     changed(stub)
     (stub.root / "answer.cpp").write_text(ANSWER + "// edited\n")
     changed(stub)
@@ -162,9 +160,7 @@ def test_a_damaged_library_built_ahead_is_passed_over_with_one_message(stub: Tar
 
 def test_build_raises_with_the_compilers_words(stub: Target, tmp_path: Path) -> None:
     (stub.root / "answer.cpp").write_text("#error this is no C++\n")
-    with pytest.raises(
-        BuildError, match=r"g\+\+ failed on answer \(exit code 1\): .*this is no C\+\+"
-    ) as caught:
+    with pytest.raises(BuildError, match=r"g\+\+ failed on answer \(exit code 1\): .*this is no C\+\+") as caught:
         build.build(stub, tmp_path / "into")
     assert "#error" in caught.value.output
     assert list((tmp_path / "into").iterdir()) == []

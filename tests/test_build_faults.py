@@ -35,9 +35,7 @@ pytestmark = [
 ]
 
 
-def test_no_compiler_is_a_reason_but_an_earlier_build_serves(
-    stub: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_compiler_is_a_reason_but_an_earlier_build_serves(stub: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "/nonexistent")
         assert "no C++ compiler" in refusal(build.library(stub))
@@ -77,7 +75,12 @@ def test_a_broken_compiler_is_a_reason(
 
 @pytest.mark.parametrize(
     "body,pattern",
-    [("exit 1", "failed"), ("exit 0", "failed"), ("echo g++; exit 1", "failed"), ("sleep 60", "did not end")],
+    [
+        ("exit 1", "--version` failed (exit code 1)"),
+        ("exit 0", "--version` failed (exit code 0)"),
+        ("echo g++; exit 1", "--version` failed (exit code 1)"),
+        ("sleep 60", "--version` did not end"),
+    ],
 )
 def test_a_compiler_that_does_not_tell_its_version_is_a_reason(
     body: str, pattern: str, stub: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -99,20 +102,14 @@ def test_a_compiler_that_is_no_program_is_a_reason(
     assert "can't be run: Exec format error; set CXX" in refusal(build.library(stub))
 
 
-def test_cxx_may_be_a_relative_path(
-    stub: Target, fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cxx_may_be_a_relative_path(stub: Target, fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CXX", f"./{fake.path.name}")
     assert isinstance(build.library(stub), Library)
 
 
-@pytest.mark.parametrize(
-    "cxx,pattern", [('"g++', "must be a command line"), ("nonesuch", "nonesuch is not on PATH")]
-)
-def test_cxx_must_name_a_compiler(
-    cxx: str, pattern: str, stub: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("cxx,pattern", [('"g++', "must be a command line"), ("nonesuch", "nonesuch is not on PATH")])
+def test_cxx_must_name_a_compiler(cxx: str, pattern: str, stub: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", cxx)
     assert pattern in refusal(build.library(stub))
 
@@ -129,9 +126,7 @@ def test_a_compiler_that_hangs_is_killed_with_all_that_it_started(
 def test_a_read_only_home_is_a_reason(stub: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FUSEDRES_CACHE")
     monkeypatch.setenv("HOME", "/dev/null")
-    assert re.fullmatch(
-        r"/dev/null.* can't be used: Not a directory; set FUSEDRES_CACHE", refusal(build.library(stub))
-    )
+    assert re.fullmatch(r"/dev/null.* can't be used: Not a directory; set FUSEDRES_CACHE", refusal(build.library(stub)))
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/home/u/.cache/fusedres")
@@ -149,15 +144,13 @@ def test_a_cache_mounted_noexec_is_a_reason_before_anything_is_compiled(
     assert fake.runs() == 0
 
 
-def test_a_full_disk_is_a_reason(
-    stub: Target, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_a_reason(stub: Target, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", refuse)
-        assert "No space left on device; set FUSEDRES_CACHE" in refusal(build.library(stub))
+        assert refusal(build.library(stub)) == "the cache can't be used: No space left on device; set FUSEDRES_CACHE"
     body = "echo 'fatal error: error writing to x.s: No space left on device' >&2; exit 1"
     monkeypatch.setenv("CXX", str(compiler_script(tmp_path / "g++", body)))
     monkeypatch.setattr(compiler, "FULL_DISK_BYTES", 1 << 62)

@@ -108,9 +108,7 @@ def test_killed_at_20_points_recovers_20_of_20(
     assert set(origins) == {"built now", "cached"}
 
 
-def test_a_killed_build_leaves_no_lock_though_its_compiler_lives_on(
-    stub: Target, fake: Fake, home: Path
-) -> None:
+def test_a_killed_build_leaves_no_lock_though_its_compiler_lives_on(stub: Target, fake: Fake, home: Path) -> None:
     fake.slow.touch()
     child = Child.start("ask()")
     wait_until(fake.runs)
@@ -154,9 +152,7 @@ time.sleep(30)
         child.process.communicate()
 
 
-def test_a_child_forked_during_a_build_can_ask_too(
-    stub: Target, fake: Fake, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_child_forked_during_a_build_can_ask_too(stub: Target, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.slow.touch()
     monkeypatch.setenv("RUNS", str(fake.log))
     monkeypatch.setenv("SLOW", str(fake.slow))
@@ -192,9 +188,7 @@ os.wait()
     assert Child.start(code).result() == ("answer", 42)
 
 
-def test_a_lock_held_for_too_long_is_a_reason(
-    stub: Target, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_held_for_too_long_is_a_reason(stub: Target, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home.mkdir(mode=0o700)
     monkeypatch.setattr(cache, "LOCK_SECONDS", 0.1)
     with open(home / "lock", "w") as lock:
