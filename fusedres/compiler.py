@@ -92,9 +92,7 @@ def _version(argv: tuple[str, ...]) -> str:
     return lines[0]
 
 
-def _run(
-    argv: tuple[str, ...], environment: dict[str, str], output: int | IO[bytes]
-) -> subprocess.Popen[bytes]:
+def _run(argv: tuple[str, ...], environment: dict[str, str], output: int | IO[bytes]) -> subprocess.Popen[bytes]:
     # A session of its own, so that it can be killed together with the processes that it starts.
     return subprocess.Popen(
         argv,
@@ -205,9 +203,7 @@ def _ended(run: _Run) -> bool:
     if code is None:
         if time.monotonic() - run.started < STEP_SECONDS:
             return False
-        raise BuildError(
-            f"{run.step.argv[0]} did not end within {STEP_SECONDS:.0f} s on {run.step.label}; set CXX"
-        )
+        raise BuildError(f"{run.step.argv[0]} did not end within {STEP_SECONDS:.0f} s on {run.step.label}; set CXX")
     if code or not _is_elf(run.step.output):
         run.log.seek(0)
         output = run.log.read().decode(errors="replace")

@@ -143,15 +143,11 @@ def _torch() -> _Torch:
     """The installed torch, found without importing it."""
     spec = find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise BuildError(
-            "the compiled library needs torch's headers, and torch is not installed here; install it"
-        )
+        raise BuildError("the compiled library needs torch's headers, and torch is not installed here; install it")
     folder = Path(next(iter(spec.submodule_search_locations)))
     found = re.search(r"__version__ = ['\"]([^'\"]+)['\"]", (folder / "version.py").read_text())
     if found is None or not (folder / "include" / "torch" / "csrc" / "stable").is_dir():
-        raise BuildError(
-            f"the torch in {folder} has no headers of the stable ABI; install torch 2.11 or later"
-        )
+        raise BuildError(f"the torch in {folder} has no headers of the stable ABI; install torch 2.11 or later")
     return _Torch(folder, found[1])
 
 

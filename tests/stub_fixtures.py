@@ -49,7 +49,7 @@ def fake(tmp_path: Path, products: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     path = compiler_script(
         tmp_path / "fake-g++",
         f"""echo $$ >> {log}
-if [ -e {slow} ]; then sleep 10; fi
+if [ -e {slow} ]; then sleep 60; fi
 case "$*" in *" -c "*) cp {products}/answer.o "$last";; *) cp {products}/answer.so "$last";; esac""",
     )
     monkeypatch.setenv("CXX", str(path))

@@ -64,7 +64,7 @@ class Child:
 
 @dataclass(frozen=True)
 class Fake:
-    """A compiler that copies what the real one made; while `slow` exists, each run takes ten seconds."""
+    """A compiler that copies what the real one made; while `slow` exists, each run takes a minute."""
 
     path: Path
     slow: Path

@@ -8,7 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from stub_target import (
@@ -24,7 +27,7 @@ from stub_target import (
     wait_until,
 )
 
-from fusedres import build, compiler
+from fusedres import build, compiler, target
 from fusedres.build import Library
 from fusedres.target import Target
 
@@ -88,8 +91,10 @@ def test_a_compiler_that_does_not_tell_its_version_is_a_reason(
     log = tmp_path / "runs"
     monkeypatch.setenv("CXX", str(script(tmp_path / "broken", f"echo $$ >> {log}\n{body}")))
     monkeypatch.setattr(compiler, "VERSION_SECONDS", 0.2)
+    started = time.monotonic()
     assert pattern in refusal(build.library(stub))
     wait_until(lambda: not alive(log))
+    assert time.monotonic() - started < 5
 
 
 def test_a_compiler_that_is_no_program_is_a_reason(
@@ -121,6 +126,18 @@ def test_a_compiler_that_hangs_is_killed_with_all_that_it_started(
     monkeypatch.setattr(compiler, "STEP_SECONDS", 0.3)
     assert "did not end within" in refusal(build.library(stub))
     wait_until(lambda: not alive(fake.log))
+
+
+def test_no_torch_and_one_without_the_stable_abi_are_reasons(
+    stub: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_torch = replace(stub, links_torch=True)
+    monkeypatch.setattr(target, "find_spec", lambda name: None)
+    assert "torch is not installed here" in refusal(ask_again(needs_torch))
+    (tmp_path / "version.py").write_text("__version__ = '1.0'\n")
+    old = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(target, "find_spec", lambda name: old)
+    assert "install torch 2.11 or later" in refusal(ask_again(needs_torch))
 
 
 def test_a_read_only_home_is_a_reason(stub: Target, monkeypatch: pytest.MonkeyPatch) -> None:
