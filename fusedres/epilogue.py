@@ -124,6 +124,6 @@ def of_module(module: nn.Module) -> Activation | None:
     True
     """
     for row in _BY_MODULE.get(type(module), ()):
-        if all(getattr(module, name) == value for name, value in row.attributes):
+        if not row.attributes or all(getattr(module, name) == value for name, value in row.attributes):
             return row
     return None

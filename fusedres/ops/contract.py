@@ -54,14 +54,12 @@ def check_branch(x: Tensor, name: str, branch: Affine | Norm | None, operand: Te
         return
     if operand is None:
         raise ValueError(f"{name} was given without a residual; pass residual= as well, or drop {name}=")
-    channels, device = x.shape[1], x.device
-    for t in branch:
-        if isinstance(t, Tensor) and (
-            t.numel() != channels or t.dim() != 1 or t.device != device or not t.is_floating_point()
-        ):
+    expected, device = x.shape[1:2], x.device
+    for t in branch[:4]:
+        if isinstance(t, Tensor) and (t.shape != expected or t.device != device or not t.is_floating_point()):
             raise ValueError(
-                f"{name} must hold one floating-point value per channel of x: expected ({channels},) on {device}, "
-                f"got {tuple(t.shape)} {t.dtype} on {t.device}; build it with {channels} channels, or use .to()"
+                f"{name} must hold one floating-point value per channel of x: expected {tuple(expected)} on {device}, "
+                f"got {tuple(t.shape)} {t.dtype} on {t.device}; build it with {x.shape[1]} channels, or use .to()"
             )
 
 
@@ -82,8 +80,14 @@ def check_norm(x: Tensor, name: str, norm: Norm | None, operand: Tensor | None) 
 
 def parameter_dtype(*branches: Affine | Norm | None) -> torch.dtype | str | None:
     """The one dtype of all per-channel tensors, "mixed", or None."""
-    dtypes = {t.dtype for branch in branches if branch is not None for t in branch if isinstance(t, Tensor)}
-    return dtypes.pop() if len(dtypes) == 1 else "mixed" if dtypes else None
+    found = None
+    for branch in branches:
+        for t in branch[:4] if branch is not None else ():
+            if isinstance(t, Tensor):
+                if found is not None and t.dtype != found:
+                    return "mixed"
+                found = t.dtype
+    return found
 
 
 def request(
@@ -98,18 +102,18 @@ def request(
 ) -> Request:
     """The metadata by which a backend is chosen."""
     return Request(
-        op=op,
-        device=x.device.type,
-        dtype=x.dtype,
-        layout=dispatch.layout(x),
-        act=act.name,
-        statistics=statistics,
-        parameter_dtype=parameter_dtype,
-        residual_dtype=None if residual is None else residual.dtype,
-        residual_layout=None if residual is None else dispatch.layout(residual),
-        residual_statistics=residual_statistics,
-        gate_dtype=None if gate is None else gate.dtype,
-        empty=x.numel() == 0,
-        subclass=type(x) is not Tensor and type(x) is not torch.nn.Parameter,
-        compiling=torch.compiler.is_compiling(),
+        op,
+        x.device.type,
+        x.dtype,
+        dispatch.layout(x),
+        act.name,
+        statistics,
+        parameter_dtype,
+        None if residual is None else residual.dtype,
+        None if residual is None else dispatch.layout(residual),
+        residual_statistics,
+        None if gate is None else gate.dtype,
+        x.numel() == 0,
+        type(x) is not Tensor and type(x) is not torch.nn.Parameter,
+        torch.compiler.is_compiling(),
     )
