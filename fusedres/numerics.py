@@ -23,7 +23,7 @@ Results = dict[str, Tensor]
 Run = Callable[[Case, Operands], Tensor]
 
 
-def _leaves(given: Operands) -> dict[str, Tensor]:
+def leaves(given: Operands) -> dict[str, Tensor]:
     x, norm, residual, residual_norm, gate, _ = given
     shortcut = residual_norm or Norm()
     named = {
@@ -42,9 +42,9 @@ def results(run: Run, case: Case, given: Operands) -> Results:
     """Output, gradients and moved running statistics of one contestant; `given` is left as it is."""
     given = _with_own_statistics(given)
     y = run(case, given)
-    leaves = _leaves(given)
-    gradients = torch.autograd.grad(y, list(leaves.values()), given.dy)
-    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True)), **_moved_statistics(case, given)}
+    named = leaves(given)
+    gradients = torch.autograd.grad(y, list(named.values()), given.dy)
+    return {"y": y.detach(), **dict(zip(named, gradients, strict=True)), **_moved_statistics(case, given)}
 
 
 def _moved_statistics(case: Case, given: Operands) -> Results:
@@ -106,9 +106,9 @@ def truth(case: Case, given: Operands, y: Tensor) -> Truth:
         head = torch.where(slope, z, 0.0) if slope.dtype == torch.bool else z * slope.double()
     else:
         head = act.formula(z)
-    leaves = _leaves(wide)
-    g, *gradients = torch.autograd.grad(head, [z, *leaves.values()], wide.dy)
-    values = {"y": act.formula(z).detach(), **dict(zip(leaves, gradients, strict=True))}
+    named = leaves(wide)
+    g, *gradients = torch.autograd.grad(head, [z, *named.values()], wide.dy)
+    values = {"y": act.formula(z).detach(), **dict(zip(named, gradients, strict=True))}
     values.update(_moved_statistics(case, wide))
     return Truth(values, _scales(case, wide, g, values), z.detach())
 
