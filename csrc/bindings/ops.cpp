@@ -1,0 +1,161 @@
+// The kernels as operators of the namespace fusedres_native. Python defines the schemas; see fusedres/ops.
+//
+// A CPU op checks nothing that fusedres.ops.contract and the backend's objections have checked.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/isa.h"
+#include "../cpu/parallel.h"
+#include "tensors.h"
+
+namespace fusedres {
+
+void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, grain,
+                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gate gate_of(const OptionalTensor& gate) {
+  if (!gate) return {};
+  auto stride = [&](int64_t dim) { return gate->size(dim) == 1 ? 0 : gate->stride(dim); };
+  return {gate->data_ptr(), dtype_of(*gate), stride(0), stride(1)};
+}
+
+NormOperand norm_operand(const void* data, const OptionalTensor& weight, const OptionalTensor& bias,
+                         const Tensor& stats, int64_t statistics) {
+  const auto source = static_cast<Statistics>(statistics);
+  return {data, pointer(weight), pointer(bias), nullptr, nullptr, stats.data_ptr(), source, 0, 0};
+}
+
+std::tuple<Tensor, Tensor> affine_act_forward(const Tensor& x, const OptionalTensor& scale,
+                                              const OptionalTensor& bias, const OptionalTensor& mean,
+                                              const OptionalTensor& residual, const OptionalTensor& scale_r,
+                                              const OptionalTensor& bias_r, const OptionalTensor& mean_r,
+                                              const OptionalTensor& gate, int64_t act, bool keep_mask) {
+  const Memory memory = memory_of(x);
+  const Tensor y = memory.empty_output(x);
+  const Tensor mask = memory.empty_mask(x, keep_mask);
+  const DType dtype = dtype_of(x);
+  variant_for(dtype).affine_act_forward(
+      {memory.shape(keep_mask),
+       dtype,
+       static_cast<int>(act),
+       {x.data_ptr(), pointer(scale), pointer(bias), pointer(mean)},
+       {pointer(residual), pointer(scale_r), pointer(bias_r), pointer(mean_r)},
+       gate_of(gate),
+       y.data_ptr(),
+       mask_pointer(mask)});
+  return {y, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_forward(
+    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& residual,
+    const OptionalTensor& weight_r, const OptionalTensor& bias_r, const OptionalTensor& running_mean_r,
+    const OptionalTensor& running_var_r, const OptionalTensor& gate, int64_t statistics, int64_t statistics_r,
+    double momentum, double momentum_r, double eps, double eps_r, int64_t act, bool keep_mask) {
+  const Memory memory = memory_of(x);
+  const Tensor y = memory.empty_output(x);
+  const Tensor mask = memory.empty_mask(x, keep_mask);
+  const Tensor stats = empty_statistics(x, statistics), stats_r = empty_statistics(x, statistics_r);
+  const DType dtype = dtype_of(x);
+  variant_for(dtype).bn_act_forward(
+      {memory.shape(keep_mask),
+       dtype,
+       static_cast<int>(act),
+       {x.data_ptr(), pointer(weight), pointer(bias), pointer(running_mean), pointer(running_var),
+        stats.data_ptr(), static_cast<Statistics>(statistics), momentum, eps},
+       {pointer(residual), pointer(weight_r), pointer(bias_r), pointer(running_mean_r),
+        pointer(running_var_r), stats_r.data_ptr(), static_cast<Statistics>(statistics_r), momentum_r, eps_r},
+       gate_of(gate),
+       y.data_ptr(),
+       mask_pointer(mask)});
+  return {y, stats, stats_r, mask};
+}
+
+// What the backward kernels of both ops share: dy in x's memory order, and the seven results.
+struct BackwardTensors {
+  BackwardTensors(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& mask,
+                  const OptionalTensor& x, const OptionalTensor& residual, const OptionalTensor& gate,
+                  const std::vector<bool>& needs)
+      : memory(memory_of_backward(dy, y, mask, x, residual)), dense_dy(memory.dense(dy)) {
+    const std::vector<int64_t> channels{memory.channels};
+    auto wanted = [&](int index, const std::vector<int64_t>& sizes) {
+      return empty_accumulation(dy, needs[index] ? sizes : std::vector<int64_t>{0});
+    };
+    auto like = [&](int index, const OptionalTensor& operand) {
+      return needs[index] ? memory.empty_output(operand ? *operand : dense_dy) : empty_nothing(dy);
+    };
+    std::vector<int64_t> gate_sizes{0};
+    if (gate) gate_sizes.assign(gate->sizes().begin(), gate->sizes().end());
+    results = {like(0, x),          wanted(1, channels), wanted(2, channels),  like(3, residual),
+               wanted(4, channels), wanted(5, channels), wanted(6, gate_sizes)};
+  }
+
+  Gradients gradients() const {
+    return std::apply([](const auto&... result) { return Gradients{result_pointer(result)...}; }, results);
+  }
+
+  const Memory memory;
+  const Tensor dense_dy;
+  SevenTensors results;
+};
+
+SevenTensors affine_act_backward(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& mask,
+                                 const OptionalTensor& x, const OptionalTensor& scale,
+                                 const OptionalTensor& bias, const OptionalTensor& mean,
+                                 const OptionalTensor& residual, const OptionalTensor& scale_r,
+                                 const OptionalTensor& bias_r, const OptionalTensor& mean_r,
+                                 const OptionalTensor& gate, int64_t act, const std::vector<bool>& needs) {
+  const BackwardTensors tensors(dy, y, mask, x, residual, gate, needs);
+  const DType dtype = dtype_of(dy);
+  variant_for(dtype).affine_act_backward(
+      {tensors.memory.shape(mask.has_value()),
+       dtype,
+       static_cast<int>(act),
+       tensors.dense_dy.data_ptr(),
+       pointer(y),
+       static_cast<const uint8_t*>(pointer(mask)),
+       {pointer(x), pointer(scale), pointer(bias), pointer(mean)},
+       {pointer(residual), pointer(scale_r), pointer(bias_r), pointer(mean_r)},
+       gate_of(gate),
+       tensors.gradients()});
+  return tensors.results;
+}
+
+SevenTensors bn_act_backward(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& mask,
+                             const OptionalTensor& x, const OptionalTensor& weight,
+                             const OptionalTensor& bias, const Tensor& stats, const OptionalTensor& residual,
+                             const OptionalTensor& weight_r, const OptionalTensor& bias_r,
+                             const Tensor& stats_r, const OptionalTensor& gate, int64_t statistics,
+                             int64_t statistics_r, int64_t act, const std::vector<bool>& needs) {
+  const BackwardTensors tensors(dy, y, mask, x, residual, gate, needs);
+  const DType dtype = dtype_of(dy);
+  variant_for(dtype).bn_act_backward(
+      {tensors.memory.shape(mask.has_value()), dtype, static_cast<int>(act), tensors.dense_dy.data_ptr(),
+       pointer(y), static_cast<const uint8_t*>(pointer(mask)),
+       norm_operand(pointer(x), weight, bias, stats, statistics),
+       norm_operand(pointer(residual), weight_r, bias_r, stats_r, statistics_r), gate_of(gate),
+       tensors.gradients()});
+  return tensors.results;
+}
+
+}  // namespace
+}  // namespace fusedres
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
+  m.impl("affine_act_forward", TORCH_BOX(&fusedres::affine_act_forward));
+  m.impl("affine_act_backward", TORCH_BOX(&fusedres::affine_act_backward));
+  m.impl("bn_act_forward", TORCH_BOX(&fusedres::bn_act_forward));
+  m.impl("bn_act_backward", TORCH_BOX(&fusedres::bn_act_backward));
+}

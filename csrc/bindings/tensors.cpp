@@ -1,0 +1,130 @@
+#include "tensors.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+namespace fusedres {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+Tensor empty_strided(const Tensor& like, int32_t dtype, const std::vector<int64_t>& sizes,
+                     const std::vector<int64_t>& strides) {
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype, aoti_torch_device_type_cpu(),
+                                                         like.get_device_index(), &made));
+  return Tensor(made);
+}
+
+int32_t raw_dtype(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+int32_t accumulation_dtype(const Tensor& t) {
+  return dtype_of(t) == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d];
+  }
+  return strides;
+}
+
+std::vector<int64_t> channels_last_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  strides[1] = 1;
+  int64_t stride = sizes[1];
+  for (size_t d = sizes.size(); d-- > 2;) {
+    strides[d] = stride;
+    stride *= sizes[d];
+  }
+  strides[0] = stride;
+  return strides;
+}
+
+// torch's suggest_memory_format: whether strides read as channels_last, with its answers for sizes of 1.
+bool like_channels_last(const Tensor& t) {
+  const int64_t dims = t.dim();
+  if ((dims != 4 && dims != 5) || t.stride(1) == 0) return false;
+  int64_t least = 0;
+  auto follows = [&](int64_t d) {
+    if (t.size(d) == 0 || t.stride(d) < least) return false;
+    if (d == 0 && least == t.stride(1)) return false;
+    least = t.stride(d) > 1 ? t.stride(d) * t.size(d) : t.stride(d);
+    return true;
+  };
+  if (!follows(1)) return false;
+  for (int64_t d = dims; d-- > 2;)
+    if (!follows(d)) return false;
+  return follows(0);
+}
+
+Memory memory_of(const Tensor& t, bool channels_last) {
+  Memory memory{};
+  memory.sizes.assign(t.sizes().begin(), t.sizes().end());
+  memory.channels_last = channels_last;
+  memory.strides = channels_last ? channels_last_strides(memory.sizes) : contiguous_strides(memory.sizes);
+  memory.images = memory.sizes[0];
+  memory.channels = memory.sizes[1];
+  memory.pixels = 1;
+  for (size_t d = 2; d < memory.sizes.size(); ++d) memory.pixels *= memory.sizes[d];
+  return memory;
+}
+
+bool is_dense(const Tensor& t, const Memory& memory) {
+  for (size_t d = 0; d < memory.sizes.size(); ++d)
+    if (memory.sizes[d] != 1 && t.stride(static_cast<int64_t>(d)) != memory.strides[d]) return false;
+  return true;
+}
+
+}  // namespace
+
+Memory memory_of(const Tensor& x) { return memory_of(x, like_channels_last(x)); }
+
+Memory memory_of_backward(const Tensor& dy, const std::optional<Tensor>& y, const std::optional<Tensor>& mask,
+                          const std::optional<Tensor>& x, const std::optional<Tensor>& residual) {
+  for (const auto* told : {&y, &x, &residual})
+    if (*told) return memory_of(**told);
+  Memory memory = memory_of(dy);
+  if (!mask) return memory;
+  // The mask's rows tell, unless there are as many channels as pixels: then dy's own order has to be right.
+  const int64_t pixel_rows = memory.images * memory.pixels, plane_rows = memory.images * memory.channels;
+  if (pixel_rows == plane_rows) return memory;
+  return memory_of(dy, mask->size(0) == pixel_rows);
+}
+
+Tensor Memory::empty_output(const Tensor& like) const {
+  return empty_strided(like, raw_dtype(like), sizes, strides);
+}
+
+Tensor Memory::empty_mask(const Tensor& like, bool keep) const {
+  if (!keep) return empty_strided(like, aoti_torch_dtype_uint8(), {0}, {1});
+  const int64_t row = channels_last ? channels : pixels;
+  const std::vector<int64_t> mask_sizes{images * channels * pixels / row, (row + 7) / 8};
+  return empty_strided(like, aoti_torch_dtype_uint8(), mask_sizes, contiguous_strides(mask_sizes));
+}
+
+Tensor Memory::dense(const Tensor& t) const {
+  if (is_dense(t, *this)) return t;
+  Tensor copy = empty_output(t);
+  return torch::stable::copy_(copy, t);
+}
+
+Tensor empty_statistics(const Tensor& x, int64_t statistics) {
+  if (!statistics) return empty_accumulation(x, {0});
+  return empty_accumulation(x, {3, x.size(1)});
+}
+
+Tensor empty_accumulation(const Tensor& x, const std::vector<int64_t>& sizes) {
+  return empty_strided(x, accumulation_dtype(x), sizes, contiguous_strides(sizes));
+}
+
+Tensor empty_nothing(const Tensor& x) { return empty_strided(x, raw_dtype(x), {0}, {1}); }
+
+}  // namespace fusedres

@@ -1,0 +1,116 @@
+#include "../welford.h"
+#include "backward.h"
+#include "isa.h"
+
+namespace fusedres::FUSEDRES_ISA {
+namespace {
+
+constexpr int64_t kTile = 64;  // channels that are finished together
+
+// stats of one channel, from its mean and biased variance.
+template <class A>
+void write_stats(const NormOperand& norm, int64_t channels, int64_t c, double mean, double var) {
+  A* const stats = static_cast<A*>(norm.stats);
+  const A high = static_cast<A>(mean);
+  stats[c] = high;
+  // An infinite mean has no remainder.
+  stats[channels + c] = __builtin_isfinite(high) ? static_cast<A>(mean - double{high}) : A{0};
+  stats[2 * channels + c] = static_cast<A>(1 / __builtin_sqrt(var + norm.eps));
+}
+
+template <class A>
+void move_running(void* running, int64_t c, double momentum, double now) {
+  if (!running) return;
+  A& value = static_cast<A*>(running)[c];
+  value = static_cast<A>(double{value} * (1 - momentum) + now * momentum);
+}
+
+// stats of channels [first, first + count) from their parts, merged in the order of memory; running ones
+// move.
+template <class A>
+void finish_statistics(const NormOperand& norm, const Shape& shape, const PartStatistics& pass, int64_t first,
+                       int64_t count) {
+  const int64_t channels = shape.channels, pixels = shape.order == Order::kPixels ? 1 : shape.pixels;
+  double mean[kTile] = {}, m2[kTile] = {}, values = 0;
+  for (int64_t part = 0; part < pass.parts.count; ++part) {
+    const Parts::Range range = pass.parts.range(part);
+    const double part_values = static_cast<double>((range.end - range.begin) * pixels);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = part * channels + first + i;
+      const Moments merged = merge({values, mean[i], m2[i]}, {part_values, pass.mean[at], pass.m2[at]});
+      mean[i] = merged.mean;
+      m2[i] = merged.m2;
+    }
+    values += part_values;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    write_stats<A>(norm, channels, first + i, mean[i], m2[i] / values);
+    move_running<A>(norm.running_mean, first + i, norm.momentum, mean[i]);
+    move_running<A>(norm.running_var, first + i, norm.momentum, m2[i] / (values - 1));
+  }
+}
+
+// Fills norm.stats, from the batch or from the running statistics.
+template <class A>
+void find_statistics(const NormOperand& norm, const Shape& shape, DType dtype, Arena& arena) {
+  const int64_t channels = shape.channels;
+  if (norm.source == Statistics::kRunning)
+    for (int64_t c = 0; c < channels; ++c)
+      write_stats<A>(norm, channels, c, static_cast<const A*>(norm.running_mean)[c],
+                     static_cast<const A*>(norm.running_var)[c]);
+  if (norm.source != Statistics::kBatch) return;
+  const Parts parts = cut(shape, false);
+  const int64_t size = parts.count * channels;
+  const PartStatistics pass{shape,
+                            dtype,
+                            norm.data,
+                            parts,
+                            arena.take<A>(size),
+                            arena.take<double>(size),
+                            arena.take<double>(size)};
+  part_statistics(pass);
+  parallel(ceil_div(channels, kTile), 4 * parts.count * kTile, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kTile; first < minimum(end * kTile, channels); first += kTile)
+      finish_statistics<A>(norm, shape, pass, first, minimum(kTile, channels - first));
+  });
+}
+
+}  // namespace
+
+// y = act(k * BN_x(x) + BN_r(r)),  BN(t) = (t - mean) * rstd * weight + bias
+// x, r, y: (N, C, S) T. First pass: batch statistics of x, and of r where it is normalised. Second: reads x
+// and r, writes y. 4 tensors, 5 with a projection; one rounding.
+void bn_act_forward(const BnActForward& op) {
+  with_accumulation(op.dtype, [&](auto zero) {
+    using A = decltype(zero);
+    Arena arena;
+    find_statistics<A>(op.r, op.shape, op.dtype, arena);
+    find_statistics<A>(op.x, op.shape, op.dtype, arena);
+    const auto x = Constants<A>::of(op.x, op.shape.channels), r = Constants<A>::of(op.r, op.shape.channels);
+    apply({op.shape, op.dtype, static_cast<Act>(op.act), op.x.data, op.r.data,
+           fold(x, op.gate, op.shape, arena), r.present() ? fold(r, Gate{}, op.shape, arena) : Affine{},
+           per_image(op.gate) ? op.shape.channels : 0, op.y, op.mask});
+  });
+}
+
+// dx = A * k * g + B * (x - mean) + D,  A = weight * rstd,  B = -A * rstd * dweight / M,  D = -A * dbias / M;
+// dr the same without k, or g itself. First pass: sums over dy, what tells g, x, r; second: the same tensors
+// again, and writes dx and dr: 6 tensors, 8 with a projection.
+void bn_act_backward(const BnActBackward& op) {
+  with_accumulation(op.dtype, [&](auto zero) {
+    using A = decltype(zero);
+    const int64_t channels = op.shape.channels;
+    backward<A>({op.shape,
+                 op.dtype,
+                 static_cast<Act>(op.act),
+                 op.dy,
+                 op.y,
+                 op.mask,
+                 {op.x.data, Constants<A>::of(op.x, channels), op.x.source == Statistics::kBatch},
+                 {op.r.data, Constants<A>::of(op.r, channels), op.r.source == Statistics::kBatch},
+                 op.gate,
+                 op.gradients});
+  });
+}
+
+}  // namespace fusedres::FUSEDRES_ISA

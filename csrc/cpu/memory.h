@@ -1,0 +1,212 @@
+// Vectors from and to memory in each data type: all lanes, or the first few of a row's end, where the rest
+// reads as 0.
+#pragma once
+
+#include "half.h"
+#include "simd.h"
+
+namespace fusedres::FUSEDRES_ISA {
+
+template <class T>
+struct AccumulationOf {
+  using Type = float;
+};
+template <>
+struct AccumulationOf<double> {
+  using Type = double;
+};
+template <class T>
+using Accumulation = typename AccumulationOf<T>::Type;
+template <class T>
+using VecOf = Vec<Accumulation<T>>;
+
+struct AllLanes {};
+struct FirstLanes {
+  int count;
+};
+
+FUSEDRES_INLINE Vec<float> load(const float* p, AllLanes) {
+  Vec<float> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+FUSEDRES_INLINE Vec<double> load(const double* p, AllLanes) {
+  Vec<double> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+typedef uint16_t Halves __attribute__((vector_size(2 * Vec<float>::kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * Vec<float>::kLanes)));
+
+FUSEDRES_INLINE Vec<float> load(const BFloat16* p, AllLanes) {
+  Halves halves;
+  __builtin_memcpy(&halves, p, sizeof halves);
+  return {reinterpret_cast<Vec<float>::Native>(__builtin_convertvector(halves, Words) << 16)};
+}
+
+FUSEDRES_INLINE void store(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
+FUSEDRES_INLINE void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// Round to nearest even; a NaN keeps its upper bits and becomes quiet.
+FUSEDRES_INLINE Halves narrow_to_bfloat16(Vec<float> v) {
+  const Words bits = reinterpret_cast<Words>(v.v), upper = bits >> 16;
+  const Words rounded = (bits + 0x7fff + (upper & 1)) >> 16;
+  return __builtin_convertvector(v.v != v.v ? upper | 0x40 : rounded, Halves);
+}
+
+#if defined(__AVX512BF16__)
+FUSEDRES_INLINE Halves to_bfloat16(Vec<float> v) {
+  // The instruction takes denormals for 0: those rare vectors are rounded by hand.
+  constexpr int kDenormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(v.v, kDenormal) != 0, 0)) return narrow_to_bfloat16(v);
+  return bit_cast<Halves>(_mm512_cvtneps_pbh(v.v));
+}
+#else
+FUSEDRES_INLINE Halves to_bfloat16(Vec<float> v) { return narrow_to_bfloat16(v); }
+#endif
+
+FUSEDRES_INLINE void store(BFloat16* p, Vec<float> v) {
+  const Halves halves = to_bfloat16(v);
+  __builtin_memcpy(p, &halves, sizeof halves);
+}
+
+#if defined(__AVX512F__)
+FUSEDRES_INLINE Vec<float> load(const Half* p, AllLanes) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+FUSEDRES_INLINE Halves to_half(Vec<float> v) {
+  return bit_cast<Halves>(_mm512_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+FUSEDRES_INLINE Vec<float> load(const Half* p, AllLanes) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+FUSEDRES_INLINE Halves to_half(Vec<float> v) {
+  return bit_cast<Halves>(_mm256_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+FUSEDRES_INLINE Vec<float> load(const Half* p, AllLanes) {
+  Vec<float> v;
+  for (int lane = 0; lane < Vec<float>::kLanes; ++lane) v.v[lane] = widen(p[lane]);
+  return v;
+}
+FUSEDRES_INLINE Halves to_half(Vec<float> v) {
+  Halves halves;
+  for (int lane = 0; lane < Vec<float>::kLanes; ++lane) halves[lane] = narrow_to_half(v.v[lane]).bits;
+  return halves;
+}
+#endif
+
+FUSEDRES_INLINE void store(Half* p, Vec<float> v) {
+  const Halves halves = to_half(v);
+  __builtin_memcpy(p, &halves, sizeof halves);
+}
+
+template <class T>
+FUSEDRES_INLINE VecOf<T> load(const T* p, FirstLanes lanes) {
+  T row[VecOf<T>::kLanes] = {};
+  for (int lane = 0; lane < lanes.count; ++lane) row[lane] = p[lane];
+  return load(row, AllLanes{});
+}
+
+template <class T>
+FUSEDRES_INLINE void store(T* p, VecOf<T> v, FirstLanes lanes) {
+  T row[VecOf<T>::kLanes];
+  store(row, v);
+  for (int lane = 0; lane < lanes.count; ++lane) p[lane] = row[lane];
+}
+
+#if defined(__AVX512F__)
+FUSEDRES_INLINE Vec<float> load(const float* p, FirstLanes lanes) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << lanes.count) - 1), p)};
+}
+FUSEDRES_INLINE void store(float* p, Vec<float> v, FirstLanes lanes) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << lanes.count) - 1), v.v);
+}
+FUSEDRES_INLINE Halves load_halves(const void* p, FirstLanes lanes) {
+  return bit_cast<Halves>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << lanes.count) - 1), p));
+}
+FUSEDRES_INLINE void store_halves(void* p, Halves halves, FirstLanes lanes) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << lanes.count) - 1), bit_cast<__m256i>(halves));
+}
+FUSEDRES_INLINE Vec<float> load(const BFloat16* p, FirstLanes lanes) {
+  const Words words = __builtin_convertvector(load_halves(p, lanes), Words);
+  return {reinterpret_cast<Vec<float>::Native>(words << 16)};
+}
+FUSEDRES_INLINE void store(BFloat16* p, Vec<float> v, FirstLanes lanes) {
+  store_halves(p, to_bfloat16(v), lanes);
+}
+FUSEDRES_INLINE Vec<float> load(const Half* p, FirstLanes lanes) {
+  return {_mm512_cvtph_ps(bit_cast<__m256i>(load_halves(p, lanes)))};
+}
+FUSEDRES_INLINE void store(Half* p, Vec<float> v, FirstLanes lanes) { store_halves(p, to_half(v), lanes); }
+#endif
+
+template <class T>
+FUSEDRES_INLINE void store(T* p, VecOf<T> v, AllLanes) {
+  store(p, v);
+}
+
+// Past the caches; p on a vector's boundary.
+template <class T>
+FUSEDRES_INLINE void stream(T* p, VecOf<T> v) {
+  store(p, v);
+}
+
+#if defined(__AVX512F__)
+FUSEDRES_INLINE void stream_halves(void* p, Halves halves) {
+  _mm256_stream_si256(static_cast<__m256i*>(p), bit_cast<__m256i>(halves));
+}
+FUSEDRES_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, v.v); }
+#elif defined(__AVX2__)
+FUSEDRES_INLINE void stream_halves(void* p, Halves halves) {
+  _mm_stream_si128(static_cast<__m128i*>(p), bit_cast<__m128i>(halves));
+}
+FUSEDRES_INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, v.v); }
+#endif
+
+#if defined(__AVX2__)
+FUSEDRES_INLINE void stream(BFloat16* p, Vec<float> v) { stream_halves(p, to_bfloat16(v)); }
+FUSEDRES_INLINE void stream(Half* p, Vec<float> v) { stream_halves(p, to_half(v)); }
+FUSEDRES_INLINE void end_stream() { _mm_sfence(); }
+#else
+FUSEDRES_INLINE void end_stream() {}
+#endif
+
+FUSEDRES_INLINE unsigned lane_mask(FirstLanes lanes) { return (1u << lanes.count) - 1; }
+
+template <class A>
+FUSEDRES_INLINE void store_bits(uint8_t* p, unsigned bits, AllLanes) {
+  __builtin_memcpy(p, &bits, Vec<A>::kLanes / 8);
+}
+template <class A>
+FUSEDRES_INLINE void store_bits(uint8_t* p, unsigned bits, FirstLanes lanes) {
+  bits &= lane_mask(lanes);
+  for (int byte = 0; 8 * byte < lanes.count; ++byte) p[byte] = static_cast<uint8_t>(bits >> 8 * byte);
+}
+template <class A>
+FUSEDRES_INLINE unsigned load_bits(const uint8_t* p, AllLanes) {
+  unsigned bits = 0;
+  __builtin_memcpy(&bits, p, Vec<A>::kLanes / 8);
+  return bits;
+}
+template <class A>
+FUSEDRES_INLINE unsigned load_bits(const uint8_t* p, FirstLanes lanes) {
+  unsigned bits = 0;
+  for (int byte = 0; 8 * byte < lanes.count; ++byte) bits |= unsigned{p[byte]} << 8 * byte;
+  return bits;
+}
+
+// v with 0 beyond a row's end.
+template <class A>
+FUSEDRES_INLINE Vec<A> within(Vec<A> v, AllLanes) {
+  return v;
+}
+template <class A>
+FUSEDRES_INLINE Vec<A> within(Vec<A> v, FirstLanes lanes) {
+  return keep(lane_mask(lanes), v);
+}
+
+}  // namespace fusedres::FUSEDRES_ISA

@@ -1,0 +1,126 @@
+// What a kernel of an op is told: plain pointers and sizes, no torch types.
+//
+// A is the accumulation type: double for double data, float for everything else. C channels, S pixels an
+// image.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedres {
+
+enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// How (N, C, S) lies in memory: whole planes, (N, C, S), or whole pixels, (N, S, C).
+enum class Order { kPlanes, kPixels };
+
+enum class Statistics { kAbsent = 0, kBatch = 1, kRunning = 2 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
+struct Shape {
+  int64_t images;
+  int64_t channels;
+  int64_t pixels;
+  Order order;
+
+  int64_t elements() const { return images * channels * pixels; }
+  int64_t rows() const { return images * pixels; }
+  int64_t mask_row_bytes() const { return ((order == Order::kPixels ? channels : pixels) + 7) / 8; }
+};
+
+// k in k * A_x(x), of shape (1 or N, 1 or C); a stride is 0 along what is broadcast.
+struct Gate {
+  const void* data;  // null: no gate
+  DType dtype;       // x's, or float
+  int64_t image_stride;
+  int64_t channel_stride;
+};
+
+// t -> (t - mean) * scale + bias
+struct AffineOperand {
+  const void* data;   // (N, C, S) T; null: there is none, or the backward does not need its value
+  const void* scale;  // (C,) A, null: 1
+  const void* bias;   // (C,) A, null: 0
+  const void* mean;   // (C,) A, null: 0
+};
+
+// t -> (t - mean) * rstd * weight + bias
+struct NormOperand {
+  const void* data;    // (N, C, S) T; null: there is none, or the backward does not need its value
+  const void* weight;  // (C,) A, null: 1
+  const void* bias;    // (C,) A, null: 0
+  void* running_mean;  // (C,) A, or null; the forward's only
+  void* running_var;   // (C,) A, or null; the forward's only
+  void* stats;         // (3, C) A: the mean's high part, its remainder, rstd; null if `source` is kAbsent
+  Statistics source;
+  double momentum;
+  double eps;
+};
+
+struct Gradients {
+  void* dx;         // (N, C, S) T; a null gradient is not wanted
+  void* dweight;    // (C,) A
+  void* dbias;      // (C,) A
+  void* dr;         // (N, C, S) T
+  void* dweight_r;  // (C,) A
+  void* dbias_r;    // (C,) A
+  void* dgate;      // A, the gate's shape
+};
+
+// y = act(k * A_x(x) + A_r(r))
+struct AffineActForward {
+  Shape shape;
+  DType dtype;
+  int act;
+  AffineOperand x;
+  AffineOperand r;
+  Gate gate;
+  void* y;        // (N, C, S) T
+  uint8_t* mask;  // one bit an element in y's order, every row on a byte of its own; null: not kept
+};
+
+struct AffineActBackward {
+  Shape shape;
+  DType dtype;
+  int act;
+  const void* dy;       // (N, C, S) T
+  const void* y;        // (N, C, S) T, or null
+  const uint8_t* mask;  // as the forward wrote it, or null
+  AffineOperand x;
+  AffineOperand r;
+  Gate gate;
+  Gradients gradients;
+};
+
+// y = act(k * BN_x(x) + BN_r(r))
+struct BnActForward {
+  Shape shape;
+  DType dtype;
+  int act;
+  NormOperand x;
+  NormOperand r;
+  Gate gate;
+  void* y;        // (N, C, S) T
+  uint8_t* mask;  // one bit an element in y's order, every row on a byte of its own; null: not kept
+};
+
+struct BnActBackward {
+  Shape shape;
+  DType dtype;
+  int act;
+  const void* dy;       // (N, C, S) T
+  const void* y;        // (N, C, S) T, or null
+  const uint8_t* mask;  // as the forward wrote it, or null
+  NormOperand x;
+  NormOperand r;
+  Gate gate;
+  Gradients gradients;
+};
+
+}  // namespace fusedres

@@ -1,0 +1,21 @@
+// Mean and variance of a set of values, merged from those of its parts (Chan, Golub, LeVeque 1979).
+#pragma once
+
+#include "hostdevice.h"
+
+namespace fusedres {
+
+struct Moments {
+  double count;
+  double mean;
+  double m2;  // sum of (value - mean)^2
+};
+
+FUSEDRES_HOST_DEVICE Moments merge(const Moments& a, const Moments& b) {
+  const double count = a.count + b.count;
+  const double delta = b.mean - a.mean;
+  const double share = b.count / count;
+  return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
+}
+
+}  // namespace fusedres
