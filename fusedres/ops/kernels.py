@@ -117,8 +117,10 @@ def unregister(backend: Backend) -> None:
 
 
 def empty_output(x: Tensor) -> Tensor:
-    """An output as eager's batch norm allocates it: dense, channels_last where x is or nearly is."""
-    return torch.empty_like(x, memory_format=suggest_memory_format(x))
+    """An output as eager's batch norm allocates it: dense, channels_last where x is or nearly is, contiguous where it
+    is both (one channel, one pixel)."""
+    memory_format = torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x)
+    return torch.empty_like(x, memory_format=memory_format)
 
 
 def nothing(x: Tensor) -> Tensor:
