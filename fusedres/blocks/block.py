@@ -19,6 +19,12 @@ class Block(nn.Module):
     """A residual block: ordinary children, their description, and the eager path in the original's own words."""
 
     residual: Residual
+    _residual_of_shortcut: Residual
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "residual" in cls.__dict__:
+            cls._residual_of_shortcut = replace(cls.residual, shortcut="shortcut")
 
     @abstractmethod
     def eager_forward(self, x: Tensor) -> Tensor:
@@ -28,7 +34,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self.eager_forward(x)
-        return run(self, self.residual, x, self.eager_forward)
+        residual = self.residual if self.shortcut is None else self._residual_of_shortcut
+        return run(self, residual, x, self.eager_forward)
 
     def zero_init_last(self) -> None:
         """Start the last norm's weight at zero, so that the block begins as its shortcut."""
@@ -44,7 +51,6 @@ class Block(nn.Module):
         self.shortcut = None
         if downsample is None and (stride != 1 or inplanes != outplanes):
             self.shortcut = nn.Sequential(conv1x1(inplanes, outplanes, stride), norm_layer(outplanes))
-            self.residual = replace(self.residual, shortcut="shortcut")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A projection loads under either of its names."""
