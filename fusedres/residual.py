@@ -215,6 +215,8 @@ def _resolve(block: nn.Module, residual: Residual) -> _Parts | str:
                 return f"{path} has hooks or a patched forward"
             *before, last = [child for child in projection._modules.values() if child is not None]
             if before and _norm_objection(f"{path}.{len(before)}", last) is None:
+                if last is spans[-1].norm:
+                    return f"{path}.{len(before)} is the branch's norm too"
                 before_norm, shortcut_norm = before, last
             elif _hooked(last):
                 return f"{path}.{len(before)} has hooks or a patched forward"
