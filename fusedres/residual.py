@@ -319,6 +319,9 @@ def bn_act(
             return _activate(x, act)
         y = ops.affine_act(x, residual=residual, gate=gate, act=row)
     else:
+        # Before the op, as eager does: a checkpoint's second forward ends where the op has saved its tensors.
+        _count_batch(norm)
+        _count_batch(residual_norm)
         y = ops.bn_act(
             x,
             None if norm is None else _norm(norm),
@@ -327,8 +330,6 @@ def bn_act(
             gate=gate,
             act=row,
         )
-        _count_batch(norm)
-        _count_batch(residual_norm)
     return y if isinstance(act, Activation) else act(y)
 
 
@@ -360,7 +361,7 @@ def _norm(module: Any) -> Norm:
     tracks = not training or module.track_running_stats
     momentum = module.momentum
     if momentum is None:
-        momentum = 1.0 / float(module.num_batches_tracked + 1) if _counts(module) else 0.0
+        momentum = 1.0 / float(module.num_batches_tracked) if _counts(module) else 0.0
     return Norm(
         module.weight,
         module.bias,
