@@ -1,0 +1,87 @@
+"""Gradients of gradients through whole blocks."""
+
+import pytest
+import torch
+from eager import assert_same, identity_pair, pair, projection_pair, sample
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call
+
+BUILDS = {
+    "identity": lambda: pair("BasicBlock", 2, 2),
+    "projection": lambda: pair("BasicBlock", 2, 3, 2),
+    "bottleneck": lambda: pair("Bottleneck", 2, 1, 2),
+}
+
+
+def subsets(block):
+    """x and every parameter together, x alone, the parameters alone, and each of them alone."""
+    names = [name for name, _ in block.named_parameters()]
+    return [["x", *names], ["x"], names, *[[name] for name in names]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", BUILDS)
+def test_first_and_second_gradients_are_the_numerical_ones(build, training, backend):
+    block, _ = BUILDS[build]()
+    block.train(training)
+    if training:
+        for module in block.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.track_running_stats = False  # numerical differences call the block again and again
+    values = {"x": sample(2, 2, 4, 4)} | {name: t.detach().clone() for name, t in block.named_parameters()}
+    for subset in subsets(block):
+
+        def function(*chosen, subset=subset):
+            given = values | dict(zip(subset, chosen, strict=True))
+            return functional_call(
+                block, {name: t for name, t in given.items() if name != "x"}, (given["x"],)
+            )
+
+        inputs = [values[name].clone().requires_grad_() for name in subset]
+        block.requires_grad_(False)
+        gradcheck(function, inputs, fast_mode=True)
+        gradgradcheck(function, inputs, fast_mode=True, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", [identity_pair, projection_pair])
+def test_a_gradient_penalty_has_eagers_gradients(build, training, backend):
+    x = sample()
+    found = []
+    blocks = build()
+    for block in blocks:
+        block.train(training)
+        given = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(block(given).square().sum(), given, create_graph=True)
+        (dx.norm() - 1).square().backward()
+        found.append({"x": given.grad} | {name: t.grad for name, t in block.named_parameters()})
+    actual, expected = found
+    for name, gradient in expected.items():
+        assert_same(f"d {name}", actual[name], gradient, exact=backend == "reference")
+    assert all(
+        norm.num_batches_tracked == training
+        for norm in blocks[0].modules()
+        if isinstance(norm, nn.BatchNorm2d)
+    )
+
+
+def test_third_gradients_equal_eagers(backend):
+    x, found = sample(), []
+    for block in projection_pair():
+        t = x.clone().requires_grad_()
+        y = block(t).square().sum()
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(y, t, create_graph=True)
+            y = gradient.square().sum()
+        found.append(gradient)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_a_graph_kept_for_a_second_backward_gives_the_same_gradients(backend):
+    fused, _ = projection_pair()
+    y = fused(sample().requires_grad_()).square().sum()
+    y.backward(retain_graph=True)
+    first = {name: t.grad.clone() for name, t in fused.named_parameters()}
+    y.backward()
+    assert all(torch.equal(t.grad, 2 * first[name]) for name, t in fused.named_parameters())
