@@ -7,46 +7,66 @@ FUSEDRES_BUILD chooses what is built ahead of time:
     cpu    the CPU library, or an error
     cuda   the CPU and CUDA library, or an error
 
-The pure Python package is complete: it carries the sources, and what wasn't built here is built at first use.
+The pure Python package is complete: it carries the sources, and what wasn't built here is built at first use. An
+editable install is always pure: its library is built at first use, from the sources as they are then.
 """
 
 import enum
 import os
 import shutil
+import sys
+import types
 from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-CSRC = Path(__file__).parent / "csrc"
+ROOT = Path(__file__).parent
+
+# The builder needs the standard library only; this lets it be imported without the package, which needs torch.
+package = types.ModuleType("fusedres")
+package.__path__ = [str(ROOT / "fusedres")]
+sys.modules["fusedres"] = package
+
+from fusedres.build import BuildError, build  # noqa: E402
+from fusedres.native_sources import NATIVE  # noqa: E402
 
 
-class Build(enum.Enum):
+class Choice(enum.Enum):
     AUTO = "auto"
     NONE = "none"
     CPU = "cpu"
     CUDA = "cuda"
 
 
-def requested_build() -> Build:
+def requested() -> Choice:
     text = os.environ.get("FUSEDRES_BUILD", "auto")
     try:
-        return Build(text)
+        return Choice(text)
     except ValueError:
-        choices = ", ".join(build.value for build in Build)
+        choices = ", ".join(choice.value for choice in Choice)
         raise SystemExit(f"FUSEDRES_BUILD must be one of {choices}; got {text!r}") from None
 
 
-def what_is_missing(build: Build) -> str:
-    """Why the compiled library can't be built ahead of time."""
-    suffix = ".cu" if build is Build.CUDA else ".cpp"
-    if not any(CSRC.rglob(f"*{suffix}")):
-        return f"this version of fusedres has no {suffix} sources in csrc/"
-    if find_spec("torch") is None:
-        return "torch is not in the build environment: install it first and pass --no-build-isolation"
-    # The seam: with sources and torch at hand, ext_modules are to be made here, for `auto` as well.
-    return "setup.py has no build step for csrc/ yet"
+def builds_ahead(choice: Choice) -> bool:
+    """Whether the library goes into this wheel; an explicit choice that can't be met ends the build."""
+    if choice is Choice.CUDA:
+        raise SystemExit("FUSEDRES_BUILD=cuda: this version of fusedres has no CUDA sources (cpu or auto work)")
+    if choice is Choice.NONE:
+        return False
+    if find_spec("torch") is not None:
+        return True
+    if choice is Choice.CPU:
+        raise SystemExit(
+            "FUSEDRES_BUILD=cpu: torch is not in the build environment; install it first and pass --no-build-isolation"
+        )
+    return False
+
+
+CHOICE = requested()
+AHEAD = builds_ahead(CHOICE)
 
 
 class BuildPy(build_py):
@@ -57,12 +77,30 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         super().run()
-        if CSRC.is_dir() and not self.editable_mode:
-            shutil.copytree(CSRC, Path(self.build_lib) / "fusedres" / "csrc", dirs_exist_ok=True)
+        if self.editable_mode:
+            return
+        into = Path(self.build_lib) / "fusedres"
+        shutil.copytree(ROOT / "csrc", into / "csrc", dirs_exist_ok=True)
+        if not AHEAD:
+            return
+        try:
+            build(NATIVE, into / "prebuilt")
+        except BuildError as error:
+            if CHOICE is Choice.CPU:
+                raise SystemExit(f"FUSEDRES_BUILD=cpu: {error}") from error
+            print(f"fusedres: {error}; the package installs without the compiled library", file=sys.stderr)
 
 
-build = requested_build()
-if build in (Build.CPU, Build.CUDA):
-    raise SystemExit(f"FUSEDRES_BUILD={build.value}: {what_is_missing(build)} (auto installs without it)")
+class BdistWheel(bdist_wheel):
+    """A wheel with the library is for one platform, and for any Python: the stable ABI knows of none."""
 
-setup(cmdclass={"build_py": BuildPy})
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = not AHEAD
+
+    def get_tag(self) -> tuple[str, str, str]:
+        platform = super().get_tag()[2]
+        return "py3", "none", platform if AHEAD else "any"
+
+
+setup(cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel})

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
 from conftest import Contestant, Race
 from torch import Tensor
 

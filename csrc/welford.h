@@ -15,7 +15,9 @@ FUSEDRES_HOST_DEVICE Moments merge(const Moments& a, const Moments& b) {
   const double count = a.count + b.count;
   const double delta = b.mean - a.mean;
   const double share = b.count / count;
-  return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
+  // An infinite mean stays what it is, as in a plain sum.
+  const double mean = delta - delta == 0 ? a.mean + delta * share : a.mean + b.mean;
+  return {count, mean, a.m2 + b.m2 + delta * delta * a.count * share};
 }
 
 }  // namespace fusedres

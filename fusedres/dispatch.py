@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fusedres.backends import Backend, Request, reference
+from fusedres.backends import Backend, Request, native, reference
 
-ORDER: list[Backend] = [reference.BACKEND]
+ORDER: list[Backend] = [native.BACKEND, reference.BACKEND]
 
 # Module globals and not ContextVars: torch.compile guards on the first and breaks on the second.
 _forced: str | None = None

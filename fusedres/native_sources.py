@@ -7,12 +7,13 @@ file once. All paths are relative to the folder `csrc`.
 from __future__ import annotations
 
 import platform
+from pathlib import Path
+
+from fusedres.target import Source, Target
 
 COMMON_FLAGS = (
     "-std=c++17",
     "-O3",
-    "-g0",
-    "-fPIC",
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -50,6 +51,21 @@ VARIANTS = {"portable": ("-O2",), **(_X86_VARIANTS if platform.machine() in ("x8
 
 PLAIN = ("cpu/arena.cpp", "cpu/isa.cpp")
 
-# These include torch's headers: stable ABI, so that one binary serves every torch from 2.11 on.
+# These include torch's headers, those of the stable ABI.
 BINDINGS = ("bindings/ops.cpp", "bindings/tensors.cpp")
-BINDINGS_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
+
+_PACKAGE = Path(__file__).parent
+# A wheel carries the sources in the package; in a checkout they stand beside it.
+CSRC = _PACKAGE / "csrc" if (_PACKAGE / "csrc").is_dir() else _PACKAGE.parent / "csrc"
+
+
+def _sources() -> tuple[Source, ...]:
+    kernels = [
+        Source(path, (f"-DFUSEDRES_ISA={variant}", *flags), variant)
+        for path in KERNELS
+        for variant, flags in VARIANTS.items()
+    ]
+    return (*kernels, *(Source(path) for path in (*PLAIN, *BINDINGS)))
+
+
+NATIVE = Target("native", CSRC, _sources(), flags=COMMON_FLAGS)

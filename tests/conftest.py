@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,8 @@ import python_backend
 import torch
 
 import fusedres
+from fusedres import build
+from fusedres.native_sources import NATIVE
 
 # Deterministic mode makes torch.empty and its kin hold NaN (integers: the largest value), so that a kernel
 # which leaves an element unwritten can't pass by luck.
@@ -22,9 +24,7 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     # A few of eager's CUDA operations (the backward of adaptive pooling) have none; they are not under test.
-    config.addinivalue_line(
-        "filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning"
-    )
+    config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -44,23 +44,47 @@ def on_device(device):
         yield
 
 
-@pytest.fixture(params=["reference", "python"])
-def backend(request, on_device):
-    """The clause must hold for the reference and for a backend that owns kernels."""
+@pytest.fixture(params=["reference", "python", "native"])
+def backend(request):
+    """The clause must hold for the reference, for kernels in Python, and for what users get by default."""
     if request.param == "reference":
-        yield "reference"
+        with fusedres.use_backend("reference"):
+            yield request.param
+    else:
+        yield from with_kernels(request.param)
+
+
+@pytest.fixture(params=["python", "native"])
+def kernel_backend(request):
+    """A backend that owns kernels."""
+    yield from with_kernels(request.param)
+
+
+def with_kernels(name):
+    if name == "python":
+        with python_kernels():
+            yield name
         return
-    fusedres.ops.register_backend(python_backend.BACKEND)
-    yield "python"
-    fusedres.ops.unregister_backend(python_backend.BACKEND)
+    found = build.library(NATIVE)
+    if isinstance(found, build.Unavailable):
+        pytest.skip(found.reason)
+    yield name
 
 
 @pytest.fixture
-def kernels(on_device):
-    """Only with the backend that owns kernels: for what could not fail on the reference."""
+def kernels():
+    """Only with the Python kernels: for what could not fail on the reference."""
+    with python_kernels():
+        yield
+
+
+@contextmanager
+def python_kernels():
     fusedres.ops.register_backend(python_backend.BACKEND)
-    yield
-    fusedres.ops.unregister_backend(python_backend.BACKEND)
+    try:
+        yield
+    finally:
+        fusedres.ops.unregister_backend(python_backend.BACKEND)
 
 
 @pytest.fixture

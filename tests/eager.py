@@ -42,9 +42,7 @@ def randomise(module: nn.Module) -> None:
             nn.init.normal_(norm.bias)
 
 
-def pair(
-    name: str, *args: object, dtype: torch.dtype = torch.float64, **kwargs: object
-) -> tuple[nn.Module, nn.Module]:
+def pair(name: str, *args: object, dtype: torch.dtype = torch.float64, **kwargs: object) -> tuple[nn.Module, nn.Module]:
     """A fused block and its eager twin with the same parameters."""
     fused = FUSED[name](*args, **kwargs)
     randomise(fused)
@@ -113,24 +111,16 @@ def assert_same(name: str, actual: Tensor | None, expected: Tensor | None, *, ex
     if expected is None or actual is None:
         assert actual is expected, f"{name}: {actual} instead of {expected}"
         return
-    assert type(actual) is type(expected), (
-        f"{name} is a {type(actual).__name__}, not a {type(expected).__name__}"
-    )
+    assert type(actual) is type(expected), f"{name} is a {type(actual).__name__}, not a {type(expected).__name__}"
     assert actual.dtype == expected.dtype, f"{name} is {actual.dtype}, not {expected.dtype}"
     assert actual.shape == expected.shape, f"{name} is {tuple(actual.shape)}, not {tuple(expected.shape)}"
     if exact or not expected.is_floating_point():
-        torch.testing.assert_close(
-            actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}"
-        )
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")
         return
-    assert expected.dtype == torch.float64, (
-        f"{name}: compare {expected.dtype} with assert_as_accurate_as_eager"
-    )
+    assert expected.dtype == torch.float64, f"{name}: compare {expected.dtype} with assert_as_accurate_as_eager"
     finite = expected[expected.isfinite()].abs()
     bar = FP64_BAR * max(1.0, finite.max().item() if finite.numel() else 0.0)
-    torch.testing.assert_close(
-        actual, expected, rtol=0, atol=bar, equal_nan=True, msg=lambda m: f"{name}: {m}"
-    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=bar, equal_nan=True, msg=lambda m: f"{name}: {m}")
 
 
 def assert_same_outcome(actual: Outcome, expected: Outcome, *, exact: bool) -> None:
@@ -138,9 +128,7 @@ def assert_same_outcome(actual: Outcome, expected: Outcome, *, exact: bool) -> N
     for name, tensor in expected.tensors.items():
         assert_same(name, actual.tensors[name], tensor, exact=exact)
     assert actual.strides == expected.strides, f"y has strides {actual.strides}, not {expected.strides}"
-    assert torch.equal(actual.random_state, expected.random_state), (
-        "the random state after the forward differs"
-    )
+    assert torch.equal(actual.random_state, expected.random_state), "the random state after the forward differs"
 
 
 def assert_path(choices: list[dispatch.Choice], path: str) -> None:
@@ -150,9 +138,7 @@ def assert_path(choices: list[dispatch.Choice], path: str) -> None:
         assert refusals, "no block took its eager path"
     else:
         assert not refusals, f"the eager path was taken: {refusals}"
-        assert dispatch.ORDER[0].name in {choice.backend for choice in choices}, (
-            f"not served by kernels: {choices}"
-        )
+        assert dispatch.ORDER[0].name in {choice.backend for choice in choices}, f"not served by kernels: {choices}"
 
 
 def assert_matches_eager(
@@ -210,9 +196,7 @@ def assert_as_accurate_as_eager(
         times = math.exp(mean(everything))
         assert times <= 1.1, f"errors are {times:.2f} times eager's"
         for name, of_one in ratios.items():
-            assert mean(of_one) <= math.log(2), (
-                f"{name}: errors are {math.exp(mean(of_one)):.2f} times eager's"
-            )
+            assert mean(of_one) <= math.log(2), f"{name}: errors are {math.exp(mean(of_one)):.2f} times eager's"
 
 
 def _error(actual: Tensor, truth: Tensor) -> float:

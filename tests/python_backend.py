@@ -142,7 +142,7 @@ def backward(dy, y, mask, x: Branch, residual: Branch, gate, from_batch, act: Ac
     elif not act.from_output:
         slope = act.derivative(join(x, residual, gate))
     else:
-        slope = None if y is None else act.derivative(y)
+        slope = None if y is None else act.derivative(y.double())
     wide = dy.double()
     g = wide if slope is None else torch.where(slope, wide, 0.0) if slope.dtype == torch.bool else wide * slope
     dx, dweight, dbias = branch_backward(g if gate is None else g * gate.double(), x, from_batch[0])

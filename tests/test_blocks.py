@@ -89,9 +89,7 @@ def test_without_gradients_values_and_statistics_are_torchvisions(training, back
         fused, eager = built(case)
         x = sample(3, fused.conv1.in_channels, 6, 6)
         for context in (torch.no_grad, torch.inference_mode):
-            assert_matches_eager(
-                fused.train(training), eager.train(training), x, backward=False, context=context
-            )
+            assert_matches_eager(fused.train(training), eager.train(training), x, backward=False, context=context)
 
 
 @pytest.mark.parametrize("case", CASES)

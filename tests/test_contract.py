@@ -264,9 +264,7 @@ def test_channels_last_stays_channels_last(backend):
 def test_the_output_may_be_changed_in_place_as_eagers_may(backend):
     fused, eager = identity_pair()
     for block in (fused, eager):
-        block.register_forward_hook(
-            lambda module, args, y: y.mul_(2) if not torch.is_grad_enabled() else y * 2
-        )
+        block.register_forward_hook(lambda module, args, y: y.mul_(2) if not torch.is_grad_enabled() else y * 2)
     assert_matches_eager(fused, eager, sample())
     with torch.no_grad():
         assert_matches_eager(fused, eager, sample(), backward=False)

@@ -34,9 +34,7 @@ def test_first_and_second_gradients_are_the_numerical_ones(build, training, back
 
         def function(*chosen, subset=subset):
             given = values | dict(zip(subset, chosen, strict=True))
-            return functional_call(
-                block, {name: t for name, t in given.items() if name != "x"}, (given["x"],)
-            )
+            return functional_call(block, {name: t for name, t in given.items() if name != "x"}, (given["x"],))
 
         inputs = [values[name].clone().requires_grad_() for name in subset]
         block.requires_grad_(False)
@@ -59,11 +57,7 @@ def test_a_gradient_penalty_has_eagers_gradients(build, training, backend):
     actual, expected = found
     for name, gradient in expected.items():
         assert_same(f"d {name}", actual[name], gradient, exact=backend == "reference")
-    assert all(
-        norm.num_batches_tracked == training
-        for norm in blocks[0].modules()
-        if isinstance(norm, nn.BatchNorm2d)
-    )
+    assert all(norm.num_batches_tracked == training for norm in blocks[0].modules() if isinstance(norm, nn.BatchNorm2d))
 
 
 def test_third_gradients_equal_eagers(backend):

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import python_backend as python
 import torch
 from torch import Tensor
 
-import fusedres
-from fusedres import ops
-from fusedres.backends import Statistics, native
+from fusedres import build
 from fusedres.epilogue import CATALOGUE
+from fusedres.native_sources import NATIVE
 from fusedres.ops import kernels
 
-pytestmark = pytest.mark.skipif(native.library() is not None, reason=str(native.library()))
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-SHAPES = ((2, 1, 5, 5), (3, 3, 7, 7), (2, 8, 6, 5), (3, 35, 9, 9), (2, 64, 13, 5), (4, 600, 3, 3), (70, 24), (5, 6, 17), (16, 5, 1, 1))
+SHAPES = (
+    (2, 1, 5, 5),
+    (3, 3, 7, 7),
+    (2, 8, 6, 5),
+    (3, 35, 9, 9),
+    (2, 64, 13, 5),
+    (4, 600, 3, 3),
+    (70, 24),
+    (5, 6, 17),
+    (16, 5, 1, 1),
+)
 EPS = 1e-5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _registered():
-    ops.register_backend(native.BACKEND)
-    yield
-    ops.unregister_backend(native.BACKEND)
+@pytest.fixture(autouse=True)
+def loaded():
+    found = build.library(NATIVE)
+    if isinstance(found, build.Unavailable):
+        pytest.skip(found.reason)
 
 
 def operators():
@@ -71,13 +74,18 @@ class Case:
         if gate is not None:
             n, c, wide_gate = gate
             sizes = (shape[0] if n else 1, shape[1] if c else 1, *[1] * (len(shape) - 2))
-            self.gate = torch.randn(sizes, generator=g).to(torch.promote_types(dtype, torch.float32) if wide_gate else dtype)
+            self.gate = torch.randn(sizes, generator=g).to(
+                torch.promote_types(dtype, torch.float32) if wide_gate else dtype
+            )
             if wide_gate and dtype == torch.float64:
                 self.gate = self.gate.float()
 
     def __repr__(self):
         gate = None if self.gate is None else (tuple(self.gate.shape), self.gate.dtype)
-        return f"{self.shape} {self.dtype} cl={self.channels_last} {CATALOGUE[self.act].name} {self.source} {self.source_r} {gate} {self.affine}"
+        act = CATALOGUE[self.act].name
+        return (
+            f"{self.shape} {self.dtype} cl={self.channels_last} {act} {self.source} {self.source_r} {gate} {self.affine}"
+        )
 
     def tensor(self, scale=1.0):
         t = torch.randn(self.shape, generator=self.generator, dtype=torch.float64) * 1.5 * scale + 0.3
@@ -100,17 +108,32 @@ class Case:
         r = None if self.residual is None else convert(self.residual)
         gate = None if self.gate is None else convert(self.gate)
         found = run(
-            convert(self.x), *norm, r, *norm_r, gate, self.source, self.source_r or 0, 0.1, 0.3, EPS, 2 * EPS, self.act, keep_mask
+            convert(self.x),
+            *norm,
+            r,
+            *norm_r,
+            gate,
+            self.source,
+            self.source_r or 0,
+            0.1,
+            0.3,
+            EPS,
+            2 * EPS,
+            self.act,
+            keep_mask,
         )
         return (*found, *norm[2:], *norm_r[2:])
 
     def bn_backward(self, run, dy, y, mask, stats, stats_r, needs, convert=lambda t: t, save=(True, True)):
-        optional = lambda t: None if t is None else convert(t)  # noqa: E731
-        return run(
-            convert(dy), optional(y), mask, convert(self.x) if save[0] else None, *map(optional, self.norm[:2]),
-            convert(stats), optional(self.residual) if save[1] else None, *map(optional, self.norm_r[:2]), convert(stats_r),
-            optional(self.gate), self.source, self.source_r or 0, self.act, needs,
-        )  # fmt: skip
+        def optional(t):
+            return None if t is None else convert(t)
+
+        x = convert(self.x) if save[0] else None
+        residual = optional(self.residual) if save[1] else None
+        weight, bias, weight_r, bias_r = map(optional, (*self.norm[:2], *self.norm_r[:2]))
+        branch, shortcut = (x, weight, bias, convert(stats)), (residual, weight_r, bias_r, convert(stats_r))
+        sources = self.source, self.source_r or 0
+        return run(convert(dy), optional(y), mask, *branch, *shortcut, optional(self.gate), *sources, self.act, needs)
 
 
 def cases(count):
@@ -122,7 +145,15 @@ def cases(count):
         act = rng.choice([0, 1, 1, 2, 3, 4, 5, 6, 7])
         source = rng.choice([0, 1, 1, 1, 2])
         yield Case(
-            seed, shape, dtype, rng.random() < 0.5, act, source, rng.choice([None, 0, 0, 1, 2]), rng.choice(gates), rng.random() < 0.8
+            seed,
+            shape,
+            dtype,
+            rng.random() < 0.5,
+            act,
+            source,
+            rng.choice([None, 0, 0, 1, 2]),
+            rng.choice(gates),
+            rng.random() < 0.8,
         )
 
 

@@ -28,9 +28,7 @@ NORM_LAYERS = {
     "momentum=1": partial(BatchNorm2d, momentum=1.0),
     "eps": partial(BatchNorm2d, eps=0.3),
     "track_running_stats=False": partial(BatchNorm2d, track_running_stats=False),
-    "momentum=None, track_running_stats=False": partial(
-        BatchNorm2d, momentum=None, track_running_stats=False
-    ),
+    "momentum=None, track_running_stats=False": partial(BatchNorm2d, momentum=None, track_running_stats=False),
     "affine=False": partial(BatchNorm2d, affine=False),
     "neither affine nor tracking": partial(BatchNorm2d, affine=False, track_running_stats=False),
     "SyncBatchNorm": nn.SyncBatchNorm,
@@ -138,9 +136,7 @@ def test_one_norm_on_both_sides_of_the_addition_moves_twice_in_eagers_order(mome
 
 @pytest.fixture
 def process_group(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-import python_backend
 import torch
 from torch import Tensor
 
-from fusedres import numerics, ops, testing
+from fusedres import numerics, testing
 from fusedres.backends import Statistics
 from fusedres.epilogue import CATALOGUE
 from fusedres.ops import Affine, Norm, affine_act, bn_act, kernels
 
 SMOOTH = [row.name for row in CATALOGUE if not row.from_output]
-
-
-@pytest.fixture
-def python() -> Iterator[None]:
-    ops.register_backend(python_backend.BACKEND)
-    yield
-    ops.unregister_backend(python_backend.BACKEND)
-
-
-@pytest.fixture(params=["reference", "python"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "python":
-        ops.register_backend(python_backend.BACKEND)
-    yield request.param
-    if request.param == "python":
-        ops.unregister_backend(python_backend.BACKEND)
 
 
 def leaf(*shape: int) -> Tensor:
@@ -60,17 +43,13 @@ def bn_operands() -> list[Tensor]:
 @pytest.mark.parametrize(
     "subset", list(itertools.product([False, True], repeat=7)), ids=lambda s: "".join("01"[b] for b in s)
 )
-def test_gradients_of_every_subset_of_bn_act(subset: tuple[bool, ...]) -> None:
-    ops.register_backend(python_backend.BACKEND)
-    try:
-        operands = [t.detach().requires_grad_(needed) for t, needed in zip(bn_operands(), subset, strict=True)]
-        f = both_norms(True, False, "relu")
-        if any(subset):
-            assert torch.autograd.gradcheck(f, operands, fast_mode=True)
-        else:
-            assert not f(*operands).requires_grad
-    finally:
-        ops.unregister_backend(python_backend.BACKEND)
+def test_gradients_of_every_subset_of_bn_act(backend: str, subset: tuple[bool, ...]) -> None:
+    operands = [t.detach().requires_grad_(needed) for t, needed in zip(bn_operands(), subset, strict=True)]
+    f = both_norms(True, False, "relu")
+    if any(subset):
+        assert torch.autograd.gradcheck(f, operands, fast_mode=True)
+    else:
+        assert not f(*operands).requires_grad
 
 
 @pytest.mark.parametrize("chosen", [*itertools.combinations(range(9), 1), *itertools.combinations(range(9), 8)])
@@ -96,7 +75,7 @@ def test_second_order_gradients_of_affine_act(backend: str, act: str) -> None:
     assert torch.autograd.gradgradcheck(lambda *t: both_affine(*t, act=act), operands, fast_mode=True)
 
 
-@pytest.mark.usefixtures("python")
+@pytest.mark.usefixtures("kernels")
 def test_third_order_gradients_where_atens_batch_norm_has_none() -> None:
     x, w = leaf(3, 2, 2, 2), leaf(2)
 
@@ -118,43 +97,27 @@ def test_one_operand_computed_from_another_keeps_the_gradients_apart(backend: st
     assert torch.autograd.gradgradcheck(f, (r, w))
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("keep_mask", [False, True])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_opcheck_without_exemptions(keep_mask: bool, channels_last: bool) -> None:
-    ops.register_backend(python_backend.BACKEND)
-    try:
-        order = torch.channels_last if channels_last else torch.contiguous_format
-        x, r = (torch.randn(2, 3, 4, 5).to(memory_format=order) for _ in range(2))
-        weight, bias, mean, var = torch.rand(3), torch.rand(3), torch.zeros(3), torch.ones(3)
-        gate = torch.rand(2, 1, 1, 1)
-        scalars = (Statistics.BATCH.value, Statistics.BATCH.value, 0.1, 0.2, 1e-5, 1e-4, 1)
-        bn = (x, weight, bias, mean, var, r, weight, bias, mean.clone(), var.clone(), gate, *scalars)
-        affine = (x, weight, bias, mean, r, weight, bias, mean, gate, 1)
-        operators = torch.ops.fusedres_python
-        for name, arguments in (("bn_act", bn), ("affine_act", affine)):
-            wanting = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() if t is x or t is r or t is gate else t for t in arguments]  # fmt: skip # noqa: E501
-            torch.library.opcheck(getattr(operators, name).default, tuple(wanting))
-            torch.library.opcheck(getattr(operators, name).default, arguments)
-            torch.library.opcheck(getattr(operators, f"{name}_forward").default, (*arguments, keep_mask))
-        y, stats, stats_r, mask = operators.bn_act_forward(*bn, keep_mask)
-        saved = (
-            None if keep_mask else y,
-            mask if keep_mask else None,
-            x,
-            weight,
-            bias,
-            stats,
-            r,
-            weight,
-            bias,
-            stats_r,
-        )
-        for needs in ([True] * 7, [False] * 7, [True, False, True, False, True, False, True]):
-            torch.library.opcheck(
-                operators.bn_act_backward.default, (torch.randn_like(y), *saved, gate, 1, 1, 1, needs)
-            )
-    finally:
-        ops.unregister_backend(python_backend.BACKEND)
+def test_opcheck_without_exemptions(kernel_backend: str, keep_mask: bool, order: torch.memory_format) -> None:
+    operators = getattr(torch.ops, f"fusedres_{kernel_backend}")
+    opcheck = torch.library.opcheck
+    x, r = (torch.randn(2, 3, 4, 5).to(memory_format=order) for _ in range(2))
+    weight, bias, mean, var = torch.rand(3), torch.rand(3), torch.zeros(3), torch.ones(3)
+    gate = torch.rand(2, 1, 1, 1)
+    scalars = (Statistics.BATCH.value, Statistics.BATCH.value, 0.1, 0.2, 1e-5, 1e-4, 1)
+    bn = (x, weight, bias, mean, var, r, weight, bias, mean.clone(), var.clone(), gate, *scalars)
+    affine = (x, weight, bias, mean, r, weight, bias, mean, gate, 1)
+    for name, arguments in (("bn_act", bn), ("affine_act", affine)):
+        wanting = [t.detach().requires_grad_() if t is x or t is r or t is gate else t for t in arguments]
+        opcheck(getattr(operators, name).default, tuple(wanting))
+        opcheck(getattr(operators, name).default, arguments)
+        opcheck(getattr(operators, f"{name}_forward").default, (*arguments, keep_mask))
+    y, stats, stats_r, mask = operators.bn_act_forward(*bn, keep_mask)
+    slope = (None, mask) if keep_mask else (y, None)
+    saved = (*slope, x, weight, bias, stats, r, weight, bias, stats_r, gate, 1, 1, 1)
+    for needs in ([True] * 7, [False] * 7, [True, False, True, False, True, False, True]):
+        opcheck(operators.bn_act_backward.default, (torch.randn_like(y), *saved, needs))
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)

@@ -62,9 +62,7 @@ def test_under_autocast_weight_gradients_are_in_the_parameters_dtype(block, give
     y.sum().backward()
     assert x.grad.dtype == given
     assert {parameter.grad.dtype for parameter in fused.parameters()} == {torch.float32}
-    assert {norm.running_var.dtype for norm in fused.modules() if hasattr(norm, "running_var")} == {
-        torch.float32
-    }
+    assert {norm.running_var.dtype for norm in fused.modules() if hasattr(norm, "running_var")} == {torch.float32}
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -35,9 +35,7 @@ def assert_equal(actual, expected):
 @pytest.fixture
 def no_deprecation():
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning
-        )
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)
         yield
 
 
@@ -79,13 +77,10 @@ def test_vmap_over_the_input_equals_eagers(in_dim, blocks):
 
 def test_vmap_over_an_ensemble_of_parameters_equals_eagers(blocks):
     fused, eager = blocks
-    states = {
-        name: torch.stack([t, 2 * t]) for name, t in fused.state_dict().items() if t.is_floating_point()
-    }
+    states = {name: torch.stack([t, 2 * t]) for name, t in fused.state_dict().items() if t.is_floating_point()}
     x = sample()
     actual, expected = (
-        vmap(lambda state, block=block: functional_call(block, state, (x,)))(states)
-        for block in (fused, eager)
+        vmap(lambda state, block=block: functional_call(block, state, (x,)))(states) for block in (fused, eager)
     )
     assert_equal(actual, expected)
 
@@ -109,9 +104,7 @@ def test_forward_mode_over_a_parameter_equals_eagers(blocks, no_deprecation):
     for block in blocks:
         parameters = dict(block.named_parameters())
         with forward_ad.dual_level():
-            duals = {
-                name: forward_ad.make_dual(t.detach(), t.detach().sin()) for name, t in parameters.items()
-            }
+            duals = {name: forward_ad.make_dual(t.detach(), t.detach().sin()) for name, t in parameters.items()}
             y = functional_call(block, duals, (x,))
             tangents.append(forward_ad.unpack_dual(y).tangent)
     assert tangents[1] is not None
@@ -136,9 +129,7 @@ def test_symbolic_trace_gives_the_children_by_name(blocks):
     fused, eager = blocks
     graph = torch.fx.symbolic_trace(fused)
     children = [node.target for node in graph.graph.nodes if node.op == "call_module"]
-    expected = [
-        node.target for node in torch.fx.symbolic_trace(eager).graph.nodes if node.op == "call_module"
-    ]
+    expected = [node.target for node in torch.fx.symbolic_trace(eager).graph.nodes if node.op == "call_module"]
     assert children == expected
     assert {"conv1", "bn1", "relu"} <= set(children)
     x = sample()
@@ -224,9 +215,7 @@ def test_export_gives_plain_aten_nodes(training, strict, blocks):
 @pytest.mark.parametrize("strict", [True, False])
 def test_export_takes_a_dynamic_batch(strict, blocks):
     fused, eager = blocks
-    program = torch.export.export(
-        fused, (sample(),), dynamic_shapes=({0: torch.export.Dim("n")},), strict=strict
-    )
+    program = torch.export.export(fused, (sample(),), dynamic_shapes=({0: torch.export.Dim("n")},), strict=strict)
     x = sample(7, 4, 6, 6)
     assert_equal(program.module()(x), eager(x))
 

@@ -85,18 +85,18 @@ bool is_dense(const Tensor& t, const Memory& memory) {
 
 }  // namespace
 
-Memory memory_of(const Tensor& x) { return memory_of(x, like_channels_last(x)); }
+// Contiguous where it is both, as with one channel or one pixel.
+Memory memory_of(const Tensor& x) {
+  Memory contiguous = memory_of(x, false);
+  return is_dense(x, contiguous) ? contiguous : memory_of(x, like_channels_last(x));
+}
 
 Memory memory_of_backward(const Tensor& dy, const std::optional<Tensor>& y, const std::optional<Tensor>& mask,
                           const std::optional<Tensor>& x, const std::optional<Tensor>& residual) {
+  if (mask) return memory_of(dy, mask->dim() == 2);
   for (const auto* told : {&y, &x, &residual})
     if (*told) return memory_of(**told);
-  Memory memory = memory_of(dy);
-  if (!mask) return memory;
-  // The mask's rows tell, unless there are as many channels as pixels: then dy's own order has to be right.
-  const int64_t pixel_rows = memory.images * memory.pixels, plane_rows = memory.images * memory.channels;
-  if (pixel_rows == plane_rows) return memory;
-  return memory_of(dy, mask->size(0) == pixel_rows);
+  return memory_of(dy);
 }
 
 Tensor Memory::empty_output(const Tensor& like) const {
@@ -105,8 +105,9 @@ Tensor Memory::empty_output(const Tensor& like) const {
 
 Tensor Memory::empty_mask(const Tensor& like, bool keep) const {
   if (!keep) return empty_strided(like, aoti_torch_dtype_uint8(), {0}, {1});
-  const int64_t row = channels_last ? channels : pixels;
-  const std::vector<int64_t> mask_sizes{images * channels * pixels / row, (row + 7) / 8};
+  const std::vector<int64_t> mask_sizes = channels_last
+                                              ? std::vector<int64_t>{images * pixels, (channels + 7) / 8}
+                                              : std::vector<int64_t>{images, channels, (pixels + 7) / 8};
   return empty_strided(like, aoti_torch_dtype_uint8(), mask_sizes, contiguous_strides(mask_sizes));
 }
 

@@ -116,7 +116,7 @@ struct Parts {
   int64_t image(int64_t part) const { return part / pieces; }  // with a gate
 };
 
-constexpr int64_t kRun = 64;  // values that may be added up in float
+constexpr int64_t kRun = 32;  // values that may be added up in float
 
 FUSEDRES_INLINE Parts cut(const Shape& shape, bool per_image) {
   const bool pixels = shape.order == Order::kPixels;

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from functools import cache
-from pathlib import Path
-
 import torch
 
+from fusedres import build
 from fusedres.backends import Backend, Request
+from fusedres.build import Unavailable
+from fusedres.native_sources import NATIVE
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def load(path: Path) -> None:
-    """Load a compiled library; its operators come to life with the backend's schemas."""
-    torch.ops.load_library(str(path))
-
-
-@cache
-def library() -> str | None:
-    """Make sure that the compiled library is loaded: None, or the reason why it is not to be had."""
-    path = os.environ.get("FUSEDRES_NATIVE_LIBRARY")
-    if path is None:
-        return "the native library has not been built; set FUSEDRES_NATIVE_LIBRARY to one"
-    load(Path(path))
-    return None
 
 
 def objection(request: Request) -> str | None:
@@ -41,8 +25,10 @@ def objection(request: Request) -> str | None:
             f"not {request.parameter_dtype}; keep the norm in {accumulation}"
         )
     if request.gate_dtype not in (None, request.dtype, torch.float32):
-        return f"its kernels take a gate of {request.dtype} or torch.float32, not {request.gate_dtype}; convert the gate"
-    return _residual_objection(request) or library()
+        return (
+            f"its kernels take a gate of {request.dtype} or torch.float32, not {request.gate_dtype}; convert the gate"
+        )
+    return _residual_objection(request) or _library_objection(request)
 
 
 def _residual_objection(request: Request) -> str | None:
@@ -55,6 +41,13 @@ def _residual_objection(request: Request) -> str | None:
     if request.residual_layout == "strided":
         return "the residual is neither contiguous nor channels_last; call residual.contiguous() first"
     return None
+
+
+def _library_objection(request: Request) -> str | None:
+    found = build.resolved(NATIVE) if request.compiling else build.library(NATIVE)
+    if found is None:
+        return "the compiled library is not loaded, and tracing must not build it; call the model once before"
+    return found.reason if isinstance(found, Unavailable) else None
 
 
 BACKEND = Backend("native", objection, keys=("CPU",))

@@ -1,5 +1,6 @@
 """The library's operations. Each is a function here, and a schema with fakes and autograd for every kernel backend."""
 
+from fusedres import dispatch
 from fusedres.backends import Affine, Backend, Norm
 from fusedres.ops import kernels
 from fusedres.ops.affine_act import SPEC as AFFINE_ACT
@@ -10,9 +11,14 @@ from fusedres.ops.bn_act import bn_act
 __all__ = ["Affine", "Norm", "affine_act", "bn_act", "register_backend", "unregister_backend"]
 
 
+_SPECS = (AFFINE_ACT, BN_ACT)
+for _backend in dispatch.ORDER:
+    kernels.bind(_backend, _SPECS)
+
+
 def register_backend(backend: Backend) -> None:
     """Put a backend first in the order; its kernels get the library's schemas, fakes and autograd."""
-    kernels.register(backend, (AFFINE_ACT, BN_ACT))
+    kernels.register(backend, _SPECS)
 
 
 def unregister_backend(backend: Backend) -> None:

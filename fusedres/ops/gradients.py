@@ -31,7 +31,7 @@ def activation_slope(activation: Activation, y: Tensor | None, mask: Tensor | No
     """d act / dz of an activation whose output tells it; None stands for 1."""
     if mask is not None:
         return unpack_mask(mask, like)
-    return None if y is None else activation.derivative(y)
+    return None if y is None else activation.derivative(y.to(torch.promote_types(y.dtype, torch.float32)))
 
 
 def placeholder(dy: Tensor, dtype: torch.dtype) -> Tensor:

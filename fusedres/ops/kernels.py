@@ -94,13 +94,18 @@ def of(backend: Backend, op: str) -> Kernels:
     return _registered[backend.name, op]
 
 
-def register(backend: Backend, specs: tuple[Spec, ...]) -> None:
-    """Define the operators of a backend that owns kernels and put it first in the dispatcher's order."""
+def bind(backend: Backend, specs: tuple[Spec, ...]) -> None:
+    """Define the operators of a backend that owns kernels."""
     if not backend.plain:
         library = torch.library.Library(f"fusedres_{backend.name}", "DEF")
         for spec in specs:
             _registered[backend.name, spec.name] = Kernels(spec, backend, library)
         _libraries[backend.name] = library
+
+
+def register(backend: Backend, specs: tuple[Spec, ...]) -> None:
+    """Bind a backend and put it first in the dispatcher's order."""
+    bind(backend, specs)
     dispatch.ORDER.insert(0, backend)
     dispatch.clear()
 
