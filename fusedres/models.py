@@ -6,7 +6,7 @@ A state_dict of torchvision's model of the same name loads strictly, and the oth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,11 @@ class ResNet(nn.Module):
         stem: "imagenet" is a 7x7 convolution of stride 2 and a max-pool; "cifar" a 3x3 of stride 1.
     """
 
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
+    if TYPE_CHECKING:  # torch.jit.script would read them, and does not know the name
+        layer1: nn.Sequential
+        layer2: nn.Sequential
+        layer3: nn.Sequential
+        layer4: nn.Sequential
 
     def __init__(
         self,
