@@ -264,6 +264,8 @@ def _run_between(
 ) -> tuple[Tensor, nn.Module | None, Tensor | None]:
     """What stands between the last norm and the addition: (branch, norm still to be applied, gate)."""
     gate: Tensor | None = None
+    if norm is not None and not _dtypes_fit(z, norm):
+        z, norm = norm(z), None  # first: a random factor is drawn in the branch's dtype
     for child in between:
         row = None if _hooked(child) else gates.of_module(child)
         if row is None or row.reads:
@@ -273,7 +275,12 @@ def _run_between(
             continue
         z, norm, gate = _multiply(z, norm, gate, row.factor(child, z))
     if residual.gate is not None:
-        z, norm, gate = _multiply(z, norm, gate, _gate_attribute(block, residual.gate, z))
+        value: Any = getattr(block, residual.gate)
+        if isinstance(value, Tensor) and value.dim():
+            factor = value.reshape(1, -1, 1, 1) if value.dim() == 1 else value
+            return _multiply(z, norm, gate, factor)
+        factor = _scalar(value, z)
+        gate = factor if gate is None else gate * factor
     return z, norm, gate
 
 
@@ -288,11 +295,11 @@ def _multiply(
     return z, norm, factor if gate is None else gate * factor
 
 
-def _gate_attribute(block: nn.Module, name: str, z: Tensor) -> Tensor:
-    value: Any = getattr(block, name)
-    if not isinstance(value, Tensor):
-        return z.new_full((1, 1, 1, 1), value)
-    return value.reshape(1, -1, 1, 1) if value.dim() <= 1 else value
+def _scalar(value: Tensor | float, z: Tensor) -> Tensor:
+    """A number, or a tensor without dimensions, as a gate: neither promotes the branch, nor is it rounded to it."""
+    if isinstance(value, Tensor):
+        return value.reshape(1, 1, 1, 1)
+    return z.new_full((1, 1, 1, 1), value, dtype=torch.promote_types(z.dtype, torch.float32))
 
 
 def _activate(z: Tensor, act: nn.Module | Activation) -> Tensor:
