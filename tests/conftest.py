@@ -92,7 +92,8 @@ def run_python():
     """Run code in a fresh interpreter that finds fusedres and the tests; warnings are errors there too."""
 
     def run(code, *, check=True, **environment):
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("FUSEDRES_")}
+        kept = ("FUSEDRES_CACHE",)  # the library is built once for all tests
+        inherited = {k: v for k, v in os.environ.items() if k in kept or not k.startswith("FUSEDRES_")}
         folders = [str(Path(fusedres.__file__).parents[1]), str(Path(__file__).parent)]
         environment = inherited | {"PYTHONPATH": os.pathsep.join(folders)} | environment
         done = subprocess.run(

@@ -83,9 +83,7 @@ class Case:
     def __repr__(self):
         gate = None if self.gate is None else (tuple(self.gate.shape), self.gate.dtype)
         act = CATALOGUE[self.act].name
-        return (
-            f"{self.shape} {self.dtype} cl={self.channels_last} {act} {self.source} {self.source_r} {gate} {self.affine}"
-        )
+        return f"{self.shape} {self.dtype} cl={self.channels_last} {act} {self.source} {self.source_r} {gate}"
 
     def tensor(self, scale=1.0):
         t = torch.randn(self.shape, generator=self.generator, dtype=torch.float64) * 1.5 * scale + 0.3
