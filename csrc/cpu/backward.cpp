@@ -56,7 +56,8 @@ void sum_to_gate(const double* full, const Gate& gate, const Shape& shape, void*
 template <class A>
 class Run {
  public:
-  explicit Run(const Backward<A>& op) : op_(op), parts_(cut(op.shape, per_image(op.gate))) {}
+  explicit Run(const Backward<A>& op)
+      : op_(op), wide_(widen_rows(op.shape, op.gate, op.mask)), parts_(cut(wide_.shape, per_image(op.gate))) {}
 
   void operator()() {
     const Gradients& wanted = op_.gradients;
@@ -69,10 +70,10 @@ class Run {
               op_.mask,
               op_.x.data,
               op_.r.data,
-              fold(op_.x.constants, op_.gate, op_.shape, arena_),
+              fold(op_.x.constants, op_.gate, wide_, arena_),
               {},
-              per_image(op_.gate) ? op_.shape.channels : 0};
-    if (op_.r.constants.present()) slope_.r_affine = fold(op_.r.constants, Gate{}, op_.shape, arena_);
+              per_image(op_.gate) ? wide_.shape.channels : 0};
+    if (op_.r.constants.present()) slope_.r_affine = fold(op_.r.constants, Gate{}, wide_, arena_);
     if (x_from_batch) x_tables_ = take_tables();
     if (r_from_batch) r_tables_ = take_tables();
     if (needs_x_ || needs_r_ || wanted.dbias || wanted.dbias_r) sum();
@@ -81,35 +82,45 @@ class Run {
 
  private:
   OperandTables<A> take_tables() {
-    const int64_t channels = op_.shape.channels;
+    const int64_t channels = wide_.shape.channels;
     return {arena_.take<A>(channels), arena_.take<A>(channels)};
   }
 
+  void repeat_tables(const OperandTables<A>& tables) {
+    if (!tables.b) return;
+    repeat(tables.b, 1, wide_);
+    repeat(tables.d, 1, wide_);
+  }
+
   void sum() {
-    const int64_t size = parts_.count * op_.shape.channels;
+    const int64_t size = parts_.count * wide_.shape.channels;
     g_ = arena_.take<double>(size);
     g_x_ = needs_x_ ? arena_.take<double>(size) : nullptr;
     g_r_ = needs_r_ ? arena_.take<double>(size) : nullptr;
     const int64_t gate_rows = per_image(op_.gate) ? op_.shape.images : 1;
     if (op_.gradients.dgate) dgate_ = arena_.take<double>(gate_rows * op_.shape.channels);
-    gradient_sums({op_.shape, op_.dtype, slope_, parts_, g_, g_x_, g_r_});
+    gradient_sums({wide_.shape, op_.dtype, slope_, parts_, g_, g_x_, g_r_});
 
     const int64_t channels = op_.shape.channels;
-    parallel(ceil_div(channels, kTile), 4 * parts_.count * kTile, [&](int64_t begin, int64_t end) {
+    parallel(ceil_div(channels, kTile), 4 * parts_.count * wide_.repeats * kTile, [&](int64_t begin, int64_t end) {
       for (int64_t first = begin * kTile; first < minimum(end * kTile, channels); first += kTile)
         finish(first, minimum(kTile, channels - first));
     });
+    repeat_tables(x_tables_);
+    repeat_tables(r_tables_);
     if (dgate_) sum_to_gate<A>(dgate_, op_.gate, op_.shape, op_.gradients.dgate);
   }
 
-  // Adds the parts up for channels [first, first + count), in the order of memory.
+  // Adds the parts up for channels [first, first + count), in the order of memory. Each period of a wide part is a part
+  // of its own.
   void finish(int64_t first, int64_t count) {
     const int64_t channels = op_.shape.channels, values = op_.shape.rows();
+    const int64_t pieces = parts_.pieces * wide_.repeats;
     Sums x{}, r{};
     double k[kTile], image_g[kTile] = {}, image_g_x[kTile] = {};
-    for (int64_t part = 0; part < parts_.count; ++part) {
-      const int64_t image = per_image(op_.gate) ? parts_.image(part) : 0, at = part * channels + first;
-      if (part % parts_.pieces == 0)
+    for (int64_t part = 0; part < parts_.count * wide_.repeats; ++part) {
+      const int64_t image = per_image(op_.gate) ? part / pieces : 0, at = part * channels + first;
+      if (part % pieces == 0)
         for (int64_t i = 0; i < count; ++i) k[i] = gate_value(op_.gate, image, first + i);
       for (int64_t i = 0; i < count; ++i) {
         r.g[i] += g_[at + i];
@@ -124,7 +135,7 @@ class Run {
         image_g[i] += g_[at + i];
         image_g_x[i] += g_x_[at + i];
       }
-      if (part % parts_.pieces == parts_.pieces - 1) finish_gate(image, first, count, image_g, image_g_x);
+      if (part % pieces == pieces - 1) finish_gate(image, first, count, image_g, image_g_x);
     }
     const Gradients& to = op_.gradients;
     finish_operand(op_.x, x, values, first, count, to.dweight, to.dbias, x_tables_);
@@ -146,7 +157,7 @@ class Run {
     const Gradients& to = op_.gradients;
     // Without a bias the forward's folded scale, gate included, is A.
     const void* const a = op_.x.constants.present() || op_.gate.data ? slope_.x_affine.scale : nullptr;
-    gradient_apply({op_.shape,
+    gradient_apply({wide_.shape,
                     op_.dtype,
                     slope_,
                     {to.dx, a, x_tables_.b, x_tables_.d},
@@ -154,6 +165,7 @@ class Run {
   }
 
   const Backward<A>& op_;
+  const WideShape wide_;
   const Parts parts_;
   Arena arena_;
   Slope slope_{};

@@ -25,15 +25,16 @@ void move_running(void* running, int64_t c, double momentum, double now) {
   value = static_cast<A>(double{value} * (1 - momentum) + now * momentum);
 }
 
-// stats of channels [first, first + count) from their parts, merged in the order of memory; running ones
-// move.
+// stats of channels [first, first + count) from their parts, merged in the order of memory; running ones move. Each
+// period of a wide part is a part of its own.
 template <class A>
-void finish_statistics(const NormOperand& norm, const Shape& shape, const PartStatistics& pass, int64_t first,
+void finish_statistics(const NormOperand& norm, const WideShape& wide, const PartStatistics& pass, int64_t first,
                        int64_t count) {
-  const int64_t channels = shape.channels, pixels = shape.order == Order::kPixels ? 1 : shape.pixels;
+  const int64_t channels = wide.shape.channels / wide.repeats;
+  const int64_t pixels = wide.shape.order == Order::kPixels ? 1 : wide.shape.pixels;
   double mean[kTile] = {}, m2[kTile] = {}, values = 0;
-  for (int64_t part = 0; part < pass.parts.count; ++part) {
-    const Parts::Range range = pass.parts.range(part);
+  for (int64_t part = 0; part < pass.parts.count * wide.repeats; ++part) {
+    const Parts::Range range = pass.parts.range(part / wide.repeats);
     const double part_values = static_cast<double>((range.end - range.begin) * pixels);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = part * channels + first + i;
@@ -59,19 +60,16 @@ void find_statistics(const NormOperand& norm, const Shape& shape, DType dtype, A
       write_stats<A>(norm, channels, c, static_cast<const A*>(norm.running_mean)[c],
                      static_cast<const A*>(norm.running_var)[c]);
   if (norm.source != Statistics::kBatch) return;
-  const Parts parts = cut(shape, false);
-  const int64_t size = parts.count * channels;
-  const PartStatistics pass{shape,
-                            dtype,
-                            norm.data,
-                            parts,
-                            arena.take<A>(size),
-                            arena.take<double>(size),
-                            arena.take<double>(size)};
+  const WideShape wide = widen_rows(shape, Gate{}, false);
+  const Parts parts = cut(wide.shape, false);
+  const int64_t size = parts.count * wide.shape.channels;
+  const PartStatistics pass{
+      wide.shape, dtype, norm.data, parts, arena.take<A>(size), arena.take<double>(size), arena.take<double>(size)};
   part_statistics(pass);
-  parallel(ceil_div(channels, kTile), 4 * parts.count * kTile, [&](int64_t begin, int64_t end) {
+  const int64_t merges = parts.count * wide.repeats * kTile;
+  parallel(ceil_div(channels, kTile), 4 * merges, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kTile; first < minimum(end * kTile, channels); first += kTile)
-      finish_statistics<A>(norm, shape, pass, first, minimum(kTile, channels - first));
+      finish_statistics<A>(norm, wide, pass, first, minimum(kTile, channels - first));
   });
 }
 
@@ -86,10 +84,11 @@ void bn_act_forward(const BnActForward& op) {
     Arena arena;
     find_statistics<A>(op.r, op.shape, op.dtype, arena);
     find_statistics<A>(op.x, op.shape, op.dtype, arena);
+    const WideShape wide = widen_rows(op.shape, op.gate, op.mask);
     const auto x = Constants<A>::of(op.x, op.shape.channels), r = Constants<A>::of(op.r, op.shape.channels);
-    apply({op.shape, op.dtype, static_cast<Act>(op.act), op.x.data, op.r.data,
-           fold(x, op.gate, op.shape, arena), r.present() ? fold(r, Gate{}, op.shape, arena) : Affine{},
-           per_image(op.gate) ? op.shape.channels : 0, op.y, op.mask});
+    apply({wide.shape, op.dtype, static_cast<Act>(op.act), op.x.data, op.r.data, fold(x, op.gate, wide, arena),
+           r.present() ? fold(r, Gate{}, wide, arena) : Affine{}, per_image(op.gate) ? wide.shape.channels : 0, op.y,
+           op.mask});
   });
 }
 

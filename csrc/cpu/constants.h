@@ -56,29 +56,58 @@ struct Constants {
   }
 };
 
+// Few channels make short rows: then several pixels of channels_last are taken for one of `repeats` times as many
+// channels, and what is per channel repeats likewise.
+struct WideShape {
+  Shape shape;
+  int64_t repeats;
+};
+
+inline WideShape widen_rows(const Shape& shape, const Gate& gate, bool with_mask) {
+  // Every pixel's mask begins on a byte of its own.
+  if (shape.order != Order::kPixels || (with_mask && shape.channels % 8 != 0)) return {shape, 1};
+  const int64_t images = per_image(gate) ? shape.images : 1, pixels = shape.rows() / images;
+  int64_t repeats = maximum<int64_t>(1, kChannelTile / shape.channels);
+  while (pixels % repeats != 0) --repeats;
+  return {{images, shape.channels * repeats, pixels / repeats, shape.order}, repeats};
+}
+
+// Completes `rows` rows of a table of which each row's first period is there.
+template <class A>
+void repeat(A* table, int64_t rows, const WideShape& wide) {
+  const int64_t channels = wide.shape.channels, period = channels / wide.repeats;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = period; c < channels; ++c) table[row * channels + c] = table[row * channels + c - period];
+}
+
 // The tables of gate * (t - mean) * scale + gate * shift; the mean's low part goes into the shift.
 template <class A>
-Affine fold(const Constants<A>& constants, const Gate& gate, const Shape& shape, Arena& arena) {
-  const int64_t channels = shape.channels, rows = per_image(gate) ? shape.images : 1;
+Affine fold(const Constants<A>& constants, const Gate& gate, const WideShape& wide, Arena& arena) {
+  const int64_t channels = wide.shape.channels, narrow = channels / wide.repeats;
+  const int64_t rows = per_image(gate) ? wide.shape.images : 1;
   A* const mean = arena.take<A>(channels);
   A* const scale = arena.take<A>(rows * channels);
   A* const shift = arena.take<A>(rows * channels);
-  for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t c = 0; c < narrow; ++c) {
     mean[c] = constants.mean ? constants.mean[c] : A{0};
     scale[c] = static_cast<A>(constants.scale(c));
     // -0 for an absent bias: t + -0 is t for every t.
     const double bias = constants.bias ? double{constants.bias[c]} : -0.0;
     shift[c] = static_cast<A>(bias - constants.low(c) * double{scale[c]});
   }
-  if (!gate.data) return {mean, scale, shift};
-  for (int64_t image = rows; image-- > 0;) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const double k = gate_value(gate, image, c);
-      scale[image * channels + c] = static_cast<A>(k * double{scale[c]});
-      // An infinite gate must not meet a shift of 0.
-      shift[image * channels + c] = shift[c] == 0 ? shift[c] : static_cast<A>(k * double{shift[c]});
+  if (gate.data) {
+    for (int64_t image = rows; image-- > 0;) {
+      for (int64_t c = 0; c < narrow; ++c) {
+        const double k = gate_value(gate, image, c);
+        scale[image * channels + c] = static_cast<A>(k * double{scale[c]});
+        // An infinite gate must not meet a shift of 0.
+        shift[image * channels + c] = shift[c] == 0 ? shift[c] : static_cast<A>(k * double{shift[c]});
+      }
     }
   }
+  repeat(mean, 1, wide);
+  repeat(scale, rows, wide);
+  repeat(shift, rows, wide);
   return {mean, scale, shift};
 }
 

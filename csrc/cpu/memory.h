@@ -40,10 +40,30 @@ FUSEDRES_INLINE Vec<double> load(const double* p, AllLanes) {
 typedef uint16_t Halves __attribute__((vector_size(2 * Vec<float>::kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * Vec<float>::kLanes)));
 
+#if defined(__AVX512F__)
+FUSEDRES_INLINE Words to_words(Halves halves) {
+  return bit_cast<Words>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(halves)));
+}
+FUSEDRES_INLINE Halves to_halves(Words words) {
+  return bit_cast<Halves>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(words)));
+}
+#elif defined(__AVX2__)
+FUSEDRES_INLINE Words to_words(Halves halves) {
+  return bit_cast<Words>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(halves)));
+}
+FUSEDRES_INLINE Halves to_halves(Words words) {
+  const __m256i bits = bit_cast<__m256i>(words);
+  return bit_cast<Halves>(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+}
+#else
+FUSEDRES_INLINE Words to_words(Halves halves) { return __builtin_convertvector(halves, Words); }
+FUSEDRES_INLINE Halves to_halves(Words words) { return __builtin_convertvector(words, Halves); }
+#endif
+
 FUSEDRES_INLINE Vec<float> load(const BFloat16* p, AllLanes) {
   Halves halves;
   __builtin_memcpy(&halves, p, sizeof halves);
-  return {reinterpret_cast<Vec<float>::Native>(__builtin_convertvector(halves, Words) << 16)};
+  return {bit_cast<Vec<float>::Native>(to_words(halves) << 16)};
 }
 
 FUSEDRES_INLINE void store(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
@@ -53,7 +73,7 @@ FUSEDRES_INLINE void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, s
 FUSEDRES_INLINE Halves narrow_to_bfloat16(Vec<float> v) {
   const Words bits = reinterpret_cast<Words>(v.v), upper = bits >> 16;
   const Words rounded = (bits + 0x7fff + (upper & 1)) >> 16;
-  return __builtin_convertvector(v.v != v.v ? upper | 0x40 : rounded, Halves);
+  return to_halves(v.v != v.v ? upper | 0x40 : rounded);
 }
 
 #if defined(__AVX512BF16__)
@@ -132,8 +152,7 @@ FUSEDRES_INLINE void store_halves(void* p, Halves halves, FirstLanes lanes) {
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << lanes.count) - 1), bit_cast<__m256i>(halves));
 }
 FUSEDRES_INLINE Vec<float> load(const BFloat16* p, FirstLanes lanes) {
-  const Words words = __builtin_convertvector(load_halves(p, lanes), Words);
-  return {reinterpret_cast<Vec<float>::Native>(words << 16)};
+  return {bit_cast<Vec<float>::Native>(to_words(load_halves(p, lanes)) << 16)};
 }
 FUSEDRES_INLINE void store(BFloat16* p, Vec<float> v, FirstLanes lanes) {
   store_halves(p, to_bfloat16(v), lanes);

@@ -19,8 +19,8 @@ constexpr bool kVectorInstructions = false;
 // totals[k][c] += the sum of body's k-th term over rows [begin, end) and channels [first, last).
 // body(place, lanes, sums) adds a vector's terms to sums[0..kSums).
 template <class A, bool kShort, int kSums, class Body>
-FUSEDRES_INLINE void reduce_pixels(const Shape& shape, Parts::Range rows, int64_t first, int64_t last,
-                                   int64_t gated, double* const (&totals)[kSums], const Body& body) {
+FUSEDRES_INLINE void reduce_pixels(const Shape shape, Parts::Range rows, int64_t first, int64_t last,
+                                   int64_t gated, double* const (&totals)[kSums], const Body body) {
   constexpr int64_t kLanes = Vec<A>::kLanes;
   const int64_t mask_row = shape.mask_row_bytes();
   A runs[kSums][kChannelTile + kLanes];
@@ -57,8 +57,8 @@ FUSEDRES_INLINE void reduce_pixels(const Shape& shape, Parts::Range rows, int64_
 
 // The same over images [begin, end) of planes.
 template <class A, bool kShort, int kSums, class Body>
-FUSEDRES_INLINE void reduce_planes(const Shape& shape, Parts::Range images, int64_t first, int64_t last,
-                                   int64_t image_stride, double* const (&totals)[kSums], const Body& body) {
+FUSEDRES_INLINE void reduce_planes(const Shape shape, Parts::Range images, int64_t first, int64_t last,
+                                   int64_t image_stride, double* const (&totals)[kSums], const Body body) {
   constexpr int64_t kLanes = Vec<A>::kLanes;
   constexpr int kChains = kShort && kVectorInstructions ? 4 : 1;  // additions in flight
   for (int64_t image = images.begin; image < images.end; ++image) {

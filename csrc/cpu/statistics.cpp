@@ -4,20 +4,36 @@
 namespace fusedres::FUSEDRES_ISA {
 namespace {
 
-// A value near the channel's values in a part, so that squares of differences do not cancel: the mean of a
-// few. 0 where they are not finite: an infinity must reach the sums as itself.
-template <class T, Order kOrder>
-void find_pivots(const Shape& shape, const T* x, Parts::Range range, int64_t first, int64_t last,
-                 Accumulation<T>* pivot) {
+// A value near the channel's values in a part, so that squares of differences do not cancel: the mean of a few.
+// 0 where they are not finite: an infinity must reach the sums as itself.
+constexpr int64_t kPivotValues = 8;
+
+template <class A>
+FUSEDRES_INLINE Vec<A> finite_or_zero(Vec<A> v) {
+  return select(v - v <= Vec<A>{}, v, Vec<A>{});
+}
+
+template <class T>
+void find_pixel_pivots(const Shape& shape, const T* x, Parts::Range rows, int64_t first, int64_t last,
+                       Accumulation<T>* pivot) {
   using A = Accumulation<T>;
-  constexpr bool kPixels = kOrder == Order::kPixels;
-  const int64_t count = minimum<int64_t>(8, kPixels ? range.end - range.begin : shape.pixels);
+  const int64_t count = minimum(kPivotValues, rows.end - rows.begin);
+  along_channels<A>(shape, rows.begin, first, last, 0, [&](const Place& at, auto lanes) FUSEDRES_INLINE_LAMBDA {
+    Vec<A> sum{};
+    for (int64_t row = 0; row < count; ++row) sum = sum + load(x + at.element + row * shape.channels, lanes);
+    store(pivot + at.channel, finite_or_zero(sum / splat<Vec<A>>(static_cast<double>(count))), lanes);
+  });
+}
+
+template <class T>
+void find_plane_pivots(const Shape& shape, const T* x, Parts::Range images, int64_t first, int64_t last,
+                       Accumulation<T>* pivot) {
+  using A = Accumulation<T>;
+  const int64_t count = minimum(kPivotValues, shape.pixels);
   for (int64_t c = first; c < last; ++c) {
-    const T* const values =
-        x + (kPixels ? range.begin * shape.channels + c : (range.begin * shape.channels + c) * shape.pixels);
-    const int64_t stride = kPixels ? shape.channels : 1;
+    const T* const plane = x + (images.begin * shape.channels + c) * shape.pixels;
     A sum = 0;
-    for (int64_t i = 0; i < count; ++i) sum += widen(values[i * stride]);
+    for (int64_t i = 0; i < count; ++i) sum += widen(plane[i]);
     pivot[c] = __builtin_isfinite(sum) ? sum / static_cast<A>(count) : A{0};
   }
 }
@@ -31,7 +47,10 @@ void statistics_pass(const PartStatistics& pass) {
     const Parts::Range range = pass.parts.range(part);
     A* const pivot = static_cast<A*>(pass.pivot) + part * shape.channels;
     double* const sums[] = {pass.mean + part * shape.channels, pass.m2 + part * shape.channels};
-    find_pivots<T, kOrder>(shape, x, range, first, last, pivot);
+    if constexpr (kOrder == Order::kPixels)
+      find_pixel_pivots(shape, x, range, first, last, pivot);
+    else
+      find_plane_pivots(shape, x, range, first, last, pivot);
     for (double* sum : sums)
       for (int64_t c = first; c < last; ++c) sum[c] = 0;
 

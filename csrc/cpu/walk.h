@@ -70,26 +70,32 @@ FUSEDRES_INLINE void along_plane(const Shape& shape, int64_t plane, int64_t gate
 constexpr int64_t kChannelTile = 512;
 constexpr int64_t kRowTile = 64;
 
-// body(place, lanes) for all of x, by all threads. From the end backwards, tile by tile: a pass before this
-// one went forwards, so that the caches hold the end. `image_stride` is between two images' gated constants.
+// body(place, lanes) for all of x, by all threads. From the end backwards, tile by tile: a pass before this one went
+// forwards, so that the caches hold the end. `image_stride` is between two images' gated constants.
+//
+// Shape and body are copied per range: the compiler keeps a local copy in registers, where through a reference every
+// store would make it load their members again.
 template <class A, Order kOrder, class Body>
-void for_each_vector(const Shape& shape, int64_t image_stride, const Body& body) {
+void for_each_vector(const Shape& shape_, int64_t image_stride, const Body& body_) {
   if constexpr (kOrder == Order::kPlanes) {
-    parallel(shape.images * shape.channels, shape.pixels, [&](int64_t begin, int64_t end) {
+    parallel(shape_.images * shape_.channels, shape_.pixels, [&](int64_t begin, int64_t end) {
+      const Shape shape = shape_;
+      const Body body = body_;
       for (int64_t plane = end; plane-- > begin;)
         along_plane<A>(shape, plane, plane / shape.channels * image_stride, body);
       end_stream();
     });
   } else {
-    parallel(shape.rows(), shape.channels, [&](int64_t begin, int64_t end) {
+    parallel(shape_.rows(), shape_.channels, [&](int64_t begin, int64_t end) {
+      const Shape shape = shape_;
+      const Body body = body_;
       while (end > begin) {
         const int64_t image = (end - 1) / shape.pixels;
         const int64_t image_begin = image_stride ? image * shape.pixels : 0;
         const int64_t tile = maximum(maximum(begin, end - kRowTile), image_begin);
         for (int64_t c = 0; c < shape.channels; c += kChannelTile)
           for (int64_t row = tile; row < end; ++row)
-            along_channels<A>(shape, row, c, minimum(c + kChannelTile, shape.channels), image * image_stride,
-                              body);
+            along_channels<A>(shape, row, c, minimum(c + kChannelTile, shape.channels), image * image_stride, body);
         end = tile;
       }
       end_stream();
