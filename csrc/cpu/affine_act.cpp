@@ -11,9 +11,9 @@ void affine_act_forward(const AffineActForward& op) {
     Arena arena;
     const WideShape wide = widen_rows(op.shape, op.gate, op.mask);
     const auto x = Constants<A>::of(op.x), r = Constants<A>::of(op.r);
-    apply({wide.shape, op.dtype, static_cast<Act>(op.act), op.x.data, op.r.data, fold(x, op.gate, wide, arena),
-           r.present() ? fold(r, Gate{}, wide, arena) : Affine{}, per_image(op.gate) ? wide.shape.channels : 0, op.y,
-           op.mask});
+    apply({wide.shape, op.dtype, static_cast<Act>(op.act), op.x.data, op.r.data,
+           fold(x, op.gate, wide, arena), r.present() ? fold(r, Gate{}, wide, arena) : Affine{},
+           per_image(op.gate) ? wide.shape.channels : 0, op.y, op.mask});
   });
 }
 

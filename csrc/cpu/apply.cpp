@@ -33,24 +33,24 @@ void apply_pass(const Apply& pass) {
   const Act act = pass.act;
   const bool past_caches = streams<T>(pass.shape, pass.y);
 
-  for_each_vector<A, kOrder>(
-      pass.shape, pass.image_stride, [=](const Place& at, auto lanes) FUSEDRES_INLINE_LAMBDA {
-        auto constants = [&](const A* table)
-                             FUSEDRES_INLINE_LAMBDA { return per_channel<kOrder>(table, at, lanes); };
-        Vec<A> z = affine(load(x + at.element, lanes), constants(mean), constants(scale + at.gated),
-                          constants(shift + at.gated));
-        if constexpr (kResidual == Residual::kPlain) z = z + load(r + at.element, lanes);
-        if constexpr (kResidual == Residual::kAffine)
-          z = z +
-              affine(load(r + at.element, lanes), constants(mean_r), constants(scale_r), constants(shift_r));
-        if constexpr (kKind == Kind::kAny) {
-          z = activate(act, z);
-        } else if constexpr (kKind == Kind::kRelu) {
-          if (mask) store_bits<A>(mask + at.mask, bits_above(z, kRoundsToZero<T>), lanes);
-          z = Relu::value(z);
-        }
-        write(y + at.element, z, lanes, past_caches);
-      });
+  auto body = [=](const Place& at, auto lanes) FUSEDRES_INLINE_LAMBDA {
+    auto constants = [&](const A* table)
+                         FUSEDRES_INLINE_LAMBDA { return per_channel<kOrder>(table, at, lanes); };
+    Vec<A> z = affine(load(x + at.element, lanes), constants(mean), constants(scale + at.gated),
+                      constants(shift + at.gated));
+    if constexpr (kResidual == Residual::kPlain) z = z + load(r + at.element, lanes);
+    if constexpr (kResidual == Residual::kAffine)
+      z = z + affine(load(r + at.element, lanes), constants(mean_r), constants(scale_r), constants(shift_r));
+    if constexpr (kKind == Kind::kAny) {
+      z = activate(act, z);
+    } else if constexpr (kKind == Kind::kRelu) {
+      const unsigned positive = bits_above(z, kRoundsToZero<T>);
+      if (mask) store_bits<A>(mask + at.mask, positive, lanes);
+      z = keep(positive, z);
+    }
+    write(y + at.element, z, lanes, past_caches);
+  };
+  for_each_vector<A, kOrder>(pass.shape, pass.image_stride, body);
 }
 
 template <class T, Order kOrder, Residual kResidual>

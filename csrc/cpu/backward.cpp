@@ -57,7 +57,9 @@ template <class A>
 class Run {
  public:
   explicit Run(const Backward<A>& op)
-      : op_(op), wide_(widen_rows(op.shape, op.gate, op.mask)), parts_(cut(wide_.shape, per_image(op.gate))) {}
+      : op_(op),
+        wide_(widen_rows(op.shape, op.gate, op.mask)),
+        parts_(cut(wide_.shape, per_image(op.gate))) {}
 
   void operator()() {
     const Gradients& wanted = op_.gradients;
@@ -102,17 +104,18 @@ class Run {
     gradient_sums({wide_.shape, op_.dtype, slope_, parts_, g_, g_x_, g_r_});
 
     const int64_t channels = op_.shape.channels;
-    parallel(ceil_div(channels, kTile), 4 * parts_.count * wide_.repeats * kTile, [&](int64_t begin, int64_t end) {
-      for (int64_t first = begin * kTile; first < minimum(end * kTile, channels); first += kTile)
-        finish(first, minimum(kTile, channels - first));
-    });
+    parallel(ceil_div(channels, kTile), 4 * parts_.count * wide_.repeats * kTile,
+             [&](int64_t begin, int64_t end) {
+               for (int64_t first = begin * kTile; first < minimum(end * kTile, channels); first += kTile)
+                 finish(first, minimum(kTile, channels - first));
+             });
     repeat_tables(x_tables_);
     repeat_tables(r_tables_);
     if (dgate_) sum_to_gate<A>(dgate_, op_.gate, op_.shape, op_.gradients.dgate);
   }
 
-  // Adds the parts up for channels [first, first + count), in the order of memory. Each period of a wide part is a part
-  // of its own.
+  // Adds the parts up for channels [first, first + count), in the order of memory. Each period of a wide part
+  // is a part of its own.
   void finish(int64_t first, int64_t count) {
     const int64_t channels = op_.shape.channels, values = op_.shape.rows();
     const int64_t pieces = parts_.pieces * wide_.repeats;

@@ -25,11 +25,11 @@ void move_running(void* running, int64_t c, double momentum, double now) {
   value = static_cast<A>(double{value} * (1 - momentum) + now * momentum);
 }
 
-// stats of channels [first, first + count) from their parts, merged in the order of memory; running ones move. Each
-// period of a wide part is a part of its own.
+// stats of channels [first, first + count) from their parts, merged in the order of memory; running ones
+// move. Each period of a wide part is a part of its own.
 template <class A>
-void finish_statistics(const NormOperand& norm, const WideShape& wide, const PartStatistics& pass, int64_t first,
-                       int64_t count) {
+void finish_statistics(const NormOperand& norm, const WideShape& wide, const PartStatistics& pass,
+                       int64_t first, int64_t count) {
   const int64_t channels = wide.shape.channels / wide.repeats;
   const int64_t pixels = wide.shape.order == Order::kPixels ? 1 : wide.shape.pixels;
   double mean[kTile] = {}, m2[kTile] = {}, values = 0;
@@ -63,8 +63,13 @@ void find_statistics(const NormOperand& norm, const Shape& shape, DType dtype, A
   const WideShape wide = widen_rows(shape, Gate{}, false);
   const Parts parts = cut(wide.shape, false);
   const int64_t size = parts.count * wide.shape.channels;
-  const PartStatistics pass{
-      wide.shape, dtype, norm.data, parts, arena.take<A>(size), arena.take<double>(size), arena.take<double>(size)};
+  const PartStatistics pass{wide.shape,
+                            dtype,
+                            norm.data,
+                            parts,
+                            arena.take<A>(size),
+                            arena.take<double>(size),
+                            arena.take<double>(size)};
   part_statistics(pass);
   const int64_t merges = parts.count * wide.repeats * kTile;
   parallel(ceil_div(channels, kTile), 4 * merges, [&](int64_t begin, int64_t end) {
@@ -86,9 +91,9 @@ void bn_act_forward(const BnActForward& op) {
     find_statistics<A>(op.x, op.shape, op.dtype, arena);
     const WideShape wide = widen_rows(op.shape, op.gate, op.mask);
     const auto x = Constants<A>::of(op.x, op.shape.channels), r = Constants<A>::of(op.r, op.shape.channels);
-    apply({wide.shape, op.dtype, static_cast<Act>(op.act), op.x.data, op.r.data, fold(x, op.gate, wide, arena),
-           r.present() ? fold(r, Gate{}, wide, arena) : Affine{}, per_image(op.gate) ? wide.shape.channels : 0, op.y,
-           op.mask});
+    apply({wide.shape, op.dtype, static_cast<Act>(op.act), op.x.data, op.r.data,
+           fold(x, op.gate, wide, arena), r.present() ? fold(r, Gate{}, wide, arena) : Affine{},
+           per_image(op.gate) ? wide.shape.channels : 0, op.y, op.mask});
   });
 }
 

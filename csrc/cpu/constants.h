@@ -56,8 +56,8 @@ struct Constants {
   }
 };
 
-// Few channels make short rows: then several pixels of channels_last are taken for one of `repeats` times as many
-// channels, and what is per channel repeats likewise.
+// Few channels make short rows: then several pixels of channels_last are taken for one of `repeats` times as
+// many channels, and what is per channel repeats likewise.
 struct WideShape {
   Shape shape;
   int64_t repeats;
@@ -77,7 +77,8 @@ template <class A>
 void repeat(A* table, int64_t rows, const WideShape& wide) {
   const int64_t channels = wide.shape.channels, period = channels / wide.repeats;
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = period; c < channels; ++c) table[row * channels + c] = table[row * channels + c - period];
+    for (int64_t c = period; c < channels; ++c)
+      table[row * channels + c] = table[row * channels + c - period];
 }
 
 // The tables of gate * (t - mean) * scale + gate * shift; the mean's low part goes into the shift.

@@ -41,6 +41,11 @@ struct Vec {
 };
 
 template <class A>
+FUSEDRES_INLINE Vec<A> broadcast(A value) {
+  return {value - typename Vec<A>::Native{}};  // minus and not plus 0: that would lose the sign of -0
+}
+
+template <class A>
 struct Condition {
   decltype(typename Vec<A>::Native{} < typename Vec<A>::Native{}) lanes;
 };
@@ -146,7 +151,7 @@ namespace fusedres {
 template <class A>
 struct Splat<FUSEDRES_ISA::Vec<A>> {
   static FUSEDRES_INLINE FUSEDRES_ISA::Vec<A> of(double c) {
-    return {typename FUSEDRES_ISA::Vec<A>::Native{} + static_cast<A>(c)};
+    return FUSEDRES_ISA::broadcast(static_cast<A>(c));
   }
 };
 

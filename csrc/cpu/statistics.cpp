@@ -4,8 +4,8 @@
 namespace fusedres::FUSEDRES_ISA {
 namespace {
 
-// A value near the channel's values in a part, so that squares of differences do not cancel: the mean of a few.
-// 0 where they are not finite: an infinity must reach the sums as itself.
+// A value near the channel's values in a part, so that squares of differences do not cancel: the mean of a
+// few. 0 where they are not finite: an infinity must reach the sums as itself.
 constexpr int64_t kPivotValues = 8;
 
 template <class A>
@@ -18,11 +18,13 @@ void find_pixel_pivots(const Shape& shape, const T* x, Parts::Range rows, int64_
                        Accumulation<T>* pivot) {
   using A = Accumulation<T>;
   const int64_t count = minimum(kPivotValues, rows.end - rows.begin);
-  along_channels<A>(shape, rows.begin, first, last, 0, [&](const Place& at, auto lanes) FUSEDRES_INLINE_LAMBDA {
-    Vec<A> sum{};
-    for (int64_t row = 0; row < count; ++row) sum = sum + load(x + at.element + row * shape.channels, lanes);
-    store(pivot + at.channel, finite_or_zero(sum / splat<Vec<A>>(static_cast<double>(count))), lanes);
-  });
+  along_channels<A>(
+      shape, rows.begin, first, last, 0, [&](const Place& at, auto lanes) FUSEDRES_INLINE_LAMBDA {
+        Vec<A> sum{};
+        for (int64_t row = 0; row < count; ++row)
+          sum = sum + load(x + at.element + row * shape.channels, lanes);
+        store(pivot + at.channel, finite_or_zero(sum / splat<Vec<A>>(static_cast<double>(count))), lanes);
+      });
 }
 
 template <class T>
@@ -41,7 +43,7 @@ void find_plane_pivots(const Shape& shape, const T* x, Parts::Range images, int6
 template <class T, Order kOrder>
 void statistics_pass(const PartStatistics& pass) {
   using A = Accumulation<T>;
-  const Shape& shape = pass.shape;
+  const Shape shape = pass.shape;
   const T* const x = static_cast<const T*>(pass.x);
   for_each_part<kOrder>(shape, pass.parts, [&](int64_t part, int64_t first, int64_t last) {
     const Parts::Range range = pass.parts.range(part);
@@ -55,6 +57,7 @@ void statistics_pass(const PartStatistics& pass) {
       for (int64_t c = first; c < last; ++c) sum[c] = 0;
 
     auto add = [=](const Place& at, auto lanes, Vec<A>(&sum)[2]) FUSEDRES_INLINE_LAMBDA {
+      prefetch_next_rows<kOrder>(x, shape, at);
       const Vec<A> difference = load(x + at.element, lanes) - per_channel<kOrder>(pivot, at, lanes);
       const Vec<A> d = within(difference, lanes);
       sum[0] = sum[0] + d;

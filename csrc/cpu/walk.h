@@ -17,6 +17,13 @@ FUSEDRES_INLINE T maximum(T a, T b) {
 }
 FUSEDRES_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether short loop bodies are worth repeating: without vector instructions they are long already.
+#if defined(__AVX2__)
+constexpr bool kVectorInstructions = true;
+#else
+constexpr bool kVectorInstructions = false;
+#endif
+
 // Below this many elements waking another thread costs more than it saves.
 constexpr int64_t kGrainElements = 1 << 15;
 
@@ -42,7 +49,7 @@ struct Place {
 template <Order kOrder, class A, class Lanes>
 FUSEDRES_INLINE Vec<A> per_channel(const A* table, const Place& at, Lanes lanes) {
   if constexpr (kOrder == Order::kPixels) return load(table + at.channel, lanes);
-  return Vec<A>{typename Vec<A>::Native{} + table[at.channel]};
+  return broadcast(table[at.channel]);
 }
 
 // body(place, lanes) for every vector of channels [first, last) of one pixel.
@@ -70,32 +77,33 @@ FUSEDRES_INLINE void along_plane(const Shape& shape, int64_t plane, int64_t gate
 constexpr int64_t kChannelTile = 512;
 constexpr int64_t kRowTile = 64;
 
-// body(place, lanes) for all of x, by all threads. From the end backwards, tile by tile: a pass before this one went
-// forwards, so that the caches hold the end. `image_stride` is between two images' gated constants.
+// body(place, lanes) for all of x, by all threads. From the end backwards, tile by tile: a pass before this
+// one went forwards, so that the caches hold the end. `image_stride` is between two images' gated constants.
 //
-// Shape and body are copied per range: the compiler keeps a local copy in registers, where through a reference every
-// store would make it load their members again.
+// What is captured is copied per range: the compiler keeps a local copy in registers, where through a
+// reference every store would make it load the members again.
 template <class A, Order kOrder, class Body>
-void for_each_vector(const Shape& shape_, int64_t image_stride, const Body& body_) {
+void for_each_vector(const Shape& all, int64_t image_stride, const Body& body_for_all) {
   if constexpr (kOrder == Order::kPlanes) {
-    parallel(shape_.images * shape_.channels, shape_.pixels, [&](int64_t begin, int64_t end) {
-      const Shape shape = shape_;
-      const Body body = body_;
+    parallel(all.images * all.channels, all.pixels, [&](int64_t begin, int64_t end) {
+      const Shape shape = all;
+      const Body body = body_for_all;
       for (int64_t plane = end; plane-- > begin;)
         along_plane<A>(shape, plane, plane / shape.channels * image_stride, body);
       end_stream();
     });
   } else {
-    parallel(shape_.rows(), shape_.channels, [&](int64_t begin, int64_t end) {
-      const Shape shape = shape_;
-      const Body body = body_;
+    parallel(all.rows(), all.channels, [&](int64_t begin, int64_t end) {
+      const Shape shape = all;
+      const Body body = body_for_all;
       while (end > begin) {
         const int64_t image = (end - 1) / shape.pixels;
         const int64_t image_begin = image_stride ? image * shape.pixels : 0;
         const int64_t tile = maximum(maximum(begin, end - kRowTile), image_begin);
         for (int64_t c = 0; c < shape.channels; c += kChannelTile)
           for (int64_t row = tile; row < end; ++row)
-            along_channels<A>(shape, row, c, minimum(c + kChannelTile, shape.channels), image * image_stride, body);
+            along_channels<A>(shape, row, c, minimum(c + kChannelTile, shape.channels), image * image_stride,
+                              body);
         end = tile;
       }
       end_stream();
