@@ -55,7 +55,11 @@ def bn_act(
     weight, bias, mean, var, _, momentum, eps = norm or _ABSENT
     weight_r, bias_r, mean_r, var_r, _, momentum_r, eps_r = residual_norm or _ABSENT
     tensors = (x, weight, bias, mean, var, residual, weight_r, bias_r, mean_r, var_r, gate)
-    return kernels.of(backend, "bn_act")(*tensors, *sources, momentum, momentum_r, eps, eps_r, activation.code)
+    y = kernels.of(backend, "bn_act")(*tensors, *sources, momentum, momentum_r, eps, eps_r, activation.code)
+    if not torch.compiler.is_compiling():  # a compiled graph writes the statistics back itself
+        moved = zip((mean, var, mean_r, var_r), (sources[0], sources[0], sources[1], sources[1]), strict=True)
+        torch.autograd.graph.increment_version([t for t, s in moved if t is not None and s == Statistics.BATCH])
+    return y
 
 
 _ABSENT = Norm()
