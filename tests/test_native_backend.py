@@ -1,0 +1,85 @@
+"""The native backend as users meet it: what it objects to, what autograd sees of it, and its instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedres
+from fusedres import build, ops
+from fusedres.native_sources import NATIVE
+
+
+@pytest.fixture(autouse=True)
+def loaded():
+    found = build.library(NATIVE)
+    if isinstance(found, build.Unavailable):
+        pytest.skip(found.reason)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_a_gradient_of_any_strides_is_taken(expanded):
+    x, r = (torch.randn(2, 4, 2, 2).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    running = torch.zeros(4), torch.ones(4)
+    results = []
+    for backend in ("native", "reference"):
+        a, b = x.clone().requires_grad_(), r.clone().requires_grad_()
+        with fusedres.use_backend(backend):
+            y = ops.bn_act(a, ops.Norm(None, None, *running), residual=b)
+            dy = torch.ones(()).expand(y.shape) if expanded else torch.arange(32.0).reshape(2, 4, 2, 2)
+            y.backward(dy)
+        results.append((a.grad, b.grad))
+    for native_gradient, reference_gradient in zip(*results, strict=True):
+        torch.testing.assert_close(native_gradient, reference_gradient)
+
+
+def test_running_statistics_move_where_autograd_can_see_it():
+    mean, var, x = torch.zeros(4), torch.ones(4), torch.randn(2, 4, 3, 3)
+    with fusedres.use_backend("native"):
+        for grad in (True, False):
+            before = mean._version, var._version
+            with torch.set_grad_enabled(grad):
+                ops.bn_act(x.clone().requires_grad_(grad), ops.Norm(None, None, mean, var, training=True))
+            assert mean._version > before[0] and var._version > before[1]
+
+
+def test_nothing_is_left_to_be_refused_silently():
+    x = torch.randn(2, 4, 3, 3)
+    with fusedres.use_backend("native"):
+        with pytest.raises(RuntimeError, match="neither contiguous nor channels_last"):
+            ops.affine_act(x[:, ::2])
+        with pytest.raises(RuntimeError, match=r"residual is torch.float64"):
+            ops.affine_act(x, residual=x.double())
+        with pytest.raises(RuntimeError, match="bring both into one layout"):
+            ops.affine_act(x, residual=x.contiguous(memory_format=torch.channels_last))
+        with pytest.raises(RuntimeError, match=r"torch.float32 parameters"):
+            ops.affine_act(x, ops.Affine(torch.ones(4).double()))
+
+
+def in_process(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    package = str(Path(fusedres.__file__).parents[1])  # a checkout need not be installed
+    environment = {**os.environ, "FUSEDRES_CPU_ISA": isa, "PYTHONPATH": package}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_equals_the_formula(isa):
+    run = in_process(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_native.py")
+    assert run.returncode == 0, run.stdout
+
+
+def test_an_unknown_instruction_set_is_an_error_with_the_choices():
+    run = in_process("sse9", "-c", "import torch, fusedres; fusedres.ops.affine_act(torch.ones(2, 1, 2, 2))")
+    assert "FUSEDRES_CPU_ISA must be one of portable, avx2, avx512, avx512_bf16; got 'sse9'" in run.stderr
