@@ -74,10 +74,6 @@ def with_relu(monkeypatch, **changes):
     monkeypatch.setattr(python_backend, "CATALOGUE", rows)
 
 
-def activation_missing(monkeypatch):
-    with_relu(monkeypatch, formula=lambda z: z)
-
-
 def mask_dropped(monkeypatch):
     with_relu(monkeypatch, derivative=torch.ones_like)
 
@@ -153,10 +149,6 @@ def running_variance_biased(monkeypatch):
 
 def running_statistics_not_updated(monkeypatch):
     with_statistics(monkeypatch, lambda original, x, mean, var, *rest: original(x, None, None, *rest))
-
-
-def running_mean_not_updated(monkeypatch):
-    with_statistics(monkeypatch, lambda original, x, mean, var, *rest: original(x, None, var, *rest))
 
 
 def running_statistics_updated_twice(monkeypatch):
@@ -253,7 +245,6 @@ def output_always_contiguous(monkeypatch):
 
 
 MUTANTS = [
-    activation_missing,
     mask_dropped,
     mask_of_the_block_end_dropped,
     mask_bits_reversed,
@@ -263,7 +254,6 @@ MUTANTS = [
     normalised_by_the_unbiased_variance,
     running_variance_biased,
     running_statistics_not_updated,
-    running_mean_not_updated,
     running_statistics_updated_twice,
     momentum_taken_the_other_way,
     eps_left_out,
