@@ -1,8 +1,8 @@
 // The activations of fusedres/epilogue.py: value(z), and gradient(t, dy) = dy * act'(t) of the output t = y
 // where `kFromOutput`, else of the pre-activation t = z.
 //
-// V is float, double or a SIMD vector. It brings its operators, `V::splat`-like construction through
-// Scalar<V>, and, found by argument-dependent lookup, select(condition, a, b), exp(V) and normal_cdf(V).
+// V is float, double or a SIMD vector. It brings its operators, Splat<V> for constants and, found by
+// argument-dependent lookup, select(condition, a, b), exp(V) and normal_cdf(V).
 #pragma once
 
 #include "hostdevice.h"

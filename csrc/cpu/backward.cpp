@@ -158,7 +158,7 @@ class Run {
 
   void write() {
     const Gradients& to = op_.gradients;
-    // Without a bias the forward's folded scale, gate included, is A.
+    // A is the forward's scale, the gate folded in.
     const void* const a = op_.x.constants.present() || op_.gate.data ? slope_.x_affine.scale : nullptr;
     gradient_apply({wide_.shape,
                     op_.dtype,
