@@ -279,6 +279,27 @@ def test_a_mean_much_larger_than_the_deviation_costs_no_accuracy(ratio, dtype, c
     assert error < (1e-12 * max(ratio, 1) if dtype == torch.float64 else 3e-7)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_low_part_of_a_large_mean_counts_in_the_backward(channels_last):
+    case = Case(1, (8, 24, 14, 14), torch.float32, channels_last, 0)
+    case.x = case.x + 1e4
+    saved = (None, None, *case.bn_forward(operators().bn_act_forward)[1:3])
+    dy = (case.x - 1e4) ** 2  # what remains of it beside the statistics' gradients is small
+    needs = [True] + [False] * 6
+    dx = case.bn_backward(operators().bn_act_backward, dy, *saved, needs)[0]
+    exact = case.bn_backward(python.bn_act_backward, wide(dy), None, None, *map(wide, saved[2:]), needs, wide)[0]
+    assert (dx.double() - exact).norm() / exact.norm() < 1e-6
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_an_infinite_value_makes_the_mean_infinite_as_in_eager(channels_last):
+    case = Case(1, (2, 16, 5, 5), torch.float32, channels_last, 0)
+    case.x[0, 3, 0, 0] = float("inf")
+    running_mean, running_var = case.bn_forward(operators().bn_act_forward)[4:6]
+    assert running_mean[3] == float("inf") and running_var[3].isnan()
+    assert running_mean[:3].isfinite().all() and running_mean[4:].isfinite().all()
+
+
 def test_an_outlier_in_the_first_pixel_costs_no_accuracy():
     for channels_last in (False, True):
         case = Case(1, (4, 16, 14, 14), torch.float32, channels_last, 0)
