@@ -110,10 +110,10 @@ class Operands(NamedTuple):
 
 def operands(case: Case, device: str | torch.device = "cpu") -> Operands:
     """The case's tensors, from its seed alone."""
-    generator = torch.Generator().manual_seed(case.seed)
+    generator = torch.Generator("cpu").manual_seed(case.seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     n, c, *_ = case.shape
     x = _place(_shift(normal(*case.shape), case.values, generator), case.layout, case.dtype, device)
@@ -148,11 +148,11 @@ def _shift(t: Tensor, values: str, generator: torch.Generator) -> Tensor:
     if values.startswith("mean"):
         return t + float(values.removeprefix("mean"))
     if values == "constant":
-        t[:, ::2] = torch.randn(1, t[:, ::2].shape[1], 1, 1, generator=generator, dtype=t.dtype)
+        t[:, ::2] = torch.randn(1, t[:, ::2].shape[1], 1, 1, generator=generator, dtype=t.dtype, device="cpu")
     elif values == "nonfinite":
         flat = t.view(-1)
         for value in (math.nan, math.inf, -math.inf):
-            flat[int(torch.randint(flat.numel(), (1,), generator=generator))] = value
+            flat[int(torch.randint(flat.numel(), (1,), generator=generator, device="cpu"))] = value
     elif values == "denormal":
         return t * 1e-39
     return t

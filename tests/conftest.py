@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import python_backend
 import torch
+from stub_fixtures import fake, home, products, stub  # noqa: F401  fixtures of the builder's tests
 
 import fusedres
 from fusedres import build
@@ -37,7 +38,7 @@ def device():
     return os.environ.get("FUSEDRES_TEST_DEVICE", "cpu")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def on_device(device):
     """Modules and tensors of a test are made on the device under test."""
     with torch.device(device) if device != "cpu" else nullcontext():
@@ -46,29 +47,30 @@ def on_device(device):
 
 @pytest.fixture(params=["reference", "python", "native"])
 def backend(request):
-    """The clause must hold for the reference, for kernels in Python, and for what users get by default."""
+    """The clause must hold for the reference, for kernels in Python, and for what CPU users get by default."""
     if request.param == "reference":
         with fusedres.use_backend("reference"):
             yield request.param
     else:
-        yield from with_kernels(request.param)
+        request.getfixturevalue("kernels" if request.param == "python" else "native")
+        yield request.param
 
 
 @pytest.fixture(params=["python", "native"])
 def kernel_backend(request):
     """A backend that owns kernels."""
-    yield from with_kernels(request.param)
+    request.getfixturevalue("kernels" if request.param == "python" else "native")
+    return request.param
 
 
-def with_kernels(name):
-    if name == "python":
-        with python_kernels():
-            yield name
-        return
+@pytest.fixture
+def native(device):
+    """Only where the compiled CPU kernels serve."""
+    if device != "cpu":
+        pytest.skip("the native kernels serve CPU tensors")
     found = build.library(NATIVE)
     if isinstance(found, build.Unavailable):
         pytest.skip(found.reason)
-    yield name
 
 
 @pytest.fixture

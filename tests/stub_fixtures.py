@@ -1,4 +1,4 @@
-"""Fixtures of the builder's tests, which name this module in `pytest_plugins`."""
+"""Fixtures of the builder's tests, which conftest hands to them."""
 
 from __future__ import annotations
 

@@ -31,7 +31,6 @@ from fusedres.build import Library
 from fusedres.compiler import BuildError
 from fusedres.target import Source, Target
 
-pytest_plugins = ["stub_fixtures"]
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the compiled library is for Linux"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),

@@ -31,7 +31,6 @@ from fusedres import build, compiler, target
 from fusedres.build import Library
 from fusedres.target import Target
 
-pytest_plugins = ["stub_fixtures"]
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the compiled library is for Linux"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),

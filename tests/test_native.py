@@ -10,9 +10,7 @@ import python_backend as python
 import torch
 from torch import Tensor
 
-from fusedres import build
 from fusedres.epilogue import CATALOGUE
-from fusedres.native_sources import NATIVE
 from fusedres.ops import kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,11 +28,7 @@ SHAPES = (
 EPS = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def loaded():
-    found = build.library(NATIVE)
-    if isinstance(found, build.Unavailable):
-        pytest.skip(found.reason)
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def operators():

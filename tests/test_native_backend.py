@@ -11,15 +11,9 @@ import pytest
 import torch
 
 import fusedres
-from fusedres import build, ops
-from fusedres.native_sources import NATIVE
+from fusedres import ops
 
-
-@pytest.fixture(autouse=True)
-def loaded():
-    found = build.library(NATIVE)
-    if isinstance(found, build.Unavailable):
-        pytest.skip(found.reason)
+pytestmark = pytest.mark.usefixtures("native")
 
 
 @pytest.mark.parametrize("expanded", [False, True])
