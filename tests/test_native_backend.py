@@ -77,3 +77,21 @@ def test_every_instruction_set_equals_the_formula(isa):
 def test_an_unknown_instruction_set_is_an_error_with_the_choices():
     run = in_process("sse9", "-c", "import torch, fusedres; fusedres.ops.affine_act(torch.ones(2, 1, 2, 2))")
     assert "FUSEDRES_CPU_ISA must be one of portable, avx2, avx512, avx512_bf16; got 'sse9'" in run.stderr
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_thousand_steps_leak_nothing():
+    block = fusedres.Bottleneck(16, 8, stride=2)
+    x = torch.randn(4, 16, 16, 16, requires_grad=True)
+
+    def steps(count: int) -> int:
+        for _ in range(count):
+            block(x).sum().backward()
+        return resident_bytes()
+
+    before = steps(300)
+    assert steps(1000) - before < 4 << 20
