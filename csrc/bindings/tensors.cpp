@@ -1,6 +1,7 @@
 #include "tensors.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 namespace fusedres {
 namespace {
@@ -10,15 +11,15 @@ using torch::headeronly::ScalarType;
 Tensor empty_strided(const Tensor& like, int32_t dtype, const std::vector<int64_t>& sizes,
                      const std::vector<int64_t>& strides) {
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype, aoti_torch_device_type_cpu(),
-                                                         like.get_device_index(), &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype, aoti_torch_device_type_cpu(),
+                                                  like.get_device_index(), &made));
   return Tensor(made);
 }
 
 int32_t raw_dtype(const Tensor& t) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype;
 }
 
