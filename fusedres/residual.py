@@ -43,26 +43,54 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Host:
+    """A module whose forward the description stands for, and what must hold for it to do so.
+
+    Args:
+        path: of a module whose own forward is passed over, since the description names its children; "" is the block.
+        kind: the module's class; None is not looked at.
+        children: how many children it has; None is not looked at.
+        attributes: names and values that its forward depends on.
+    """
+
+    path: str
+    kind: type[nn.Module] | None = None
+    children: int | None = None
+    attributes: tuple[tuple[str, object], ...] = ()
+
+
+@dataclass(frozen=True)
 class Residual:
     """A chain of stages, what multiplies it, what is added to it, and the activation after that.
 
     Args:
         stages: in order; the last one has no activation of its own where a shortcut follows.
-        shortcut: the path of the projection; a child that is None or empty is the identity. None adds nothing.
+        shortcut: the path of the projection, or its children's paths where no nn.Sequential holds them; a child that
+            is None or empty is the identity. None adds nothing.
         between: children between the last norm and the addition, in order (attention, drop-path). Those that only
             multiply (`fusedres.gates`) become the formula's gate.
         gate: an attribute that multiplies the branch just before the addition: a tensor of one value or of C, or a
             number (LayerScale, an Euler step).
         act: the activation after the addition.
+        adds_in_place: whether the sum has the branch's dtype and shape (`out += x`), or is promoted and broadcast.
+        hosts: the modules that are passed over, wherever a path has a dot and is not in an nn.Sequential projection.
 
     >>> basic = Residual((Stage("conv1", "bn1", "relu"), Stage("conv2", "bn2")), shortcut="downsample", act="relu")
     """
 
     stages: tuple[Stage, ...]
-    shortcut: str | None = None
+    shortcut: str | tuple[str, ...] | None = None
     between: tuple[str, ...] = ()
     gate: str | None = None
     act: str | Activation | None = None
+    adds_in_place: bool = True
+    hosts: tuple[Host, ...] = ()
+
+
+def objection(block: nn.Module, residual: Residual) -> str | None:
+    """Why the block as it is now would take its eager path, whatever the input."""
+    parts = _resolve(block, residual)
+    return parts if isinstance(parts, str) else None
 
 
 def run(block: nn.Module, residual: Residual, x: Tensor, eager: Callable[[Tensor], Tensor]) -> Tensor:
@@ -124,7 +152,7 @@ def _child(block: nn.Module, path: str) -> nn.Module | None:
     return child
 
 
-def _hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -144,7 +172,13 @@ def _norm_objection(path: str, module: nn.Module | None) -> str | None:
             return f"{path} synchronises its statistics"
     elif cls is not nn.BatchNorm2d and not _is_frozen(cls):
         return f"{path} is a {cls.__name__}"
-    return f"{path} has hooks or a patched forward" if _hooked(module) else None
+    return f"{path} has hooks or a patched forward" if is_hooked(module) else None
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether the executor can take the module apart as a batch norm."""
+    cls = type(module)
+    return cls is nn.BatchNorm2d or cls is nn.SyncBatchNorm or _is_frozen(cls)
 
 
 def _is_frozen(cls: type) -> bool:
@@ -161,7 +195,7 @@ def _active(block: nn.Module, paths: tuple[str, ...]) -> list[nn.Module]:
 
 def _is_identity(module: nn.Module) -> bool:
     cls = type(module)
-    return (cls is nn.Identity or (cls is nn.Sequential and not module._modules)) and not _hooked(module)
+    return (cls is nn.Identity or (cls is nn.Sequential and not module._modules)) and not is_hooked(module)
 
 
 def _activation(block: nn.Module, act: str | Activation | None) -> nn.Module | Activation | str:
@@ -173,13 +207,17 @@ def _activation(block: nn.Module, act: str | Activation | None) -> nn.Module | A
     child = _child(block, act)
     if child is None:
         return f"it has no child {act!r}"
-    if _hooked(child):
+    if is_hooked(child):
         return f"{act} has hooks or a patched forward"
     return of_module(child) or child
 
 
 def _resolve(block: nn.Module, residual: Residual) -> _Parts | str:
     """The children that this call runs, or why it takes the eager path."""
+    for host in residual.hosts:
+        reason = _host_objection(block, host)
+        if reason is not None:
+            return reason
     spans = []
     for stage in residual.stages:
         conv, norm = _child(block, stage.conv), _child(block, stage.norm)
@@ -204,24 +242,64 @@ def _resolve(block: nn.Module, residual: Residual) -> _Parts | str:
     act = _activation(block, residual.act)
     if isinstance(act, str):
         return act
-    path = residual.shortcut
-    projection = None if path is None else _child(block, path)
-    before_norm: list[nn.Module] = []
-    shortcut_norm = None
-    if projection is not None and not _is_identity(projection):
-        before_norm = [projection]
-        if type(projection) is nn.Sequential:
-            if _hooked(projection):
-                return f"{path} has hooks or a patched forward"
-            *before, last = [child for child in projection._modules.values() if child is not None]
-            if before and _norm_objection(f"{path}.{len(before)}", last) is None:
-                if last is spans[-1].norm:
-                    return f"{path}.{len(before)} is the branch's norm too"
-                before_norm, shortcut_norm = before, last
-            elif _hooked(last):
-                return f"{path}.{len(before)} has hooks or a patched forward"
+    projection = _projection(block, residual.shortcut)
+    if isinstance(projection, str):
+        return projection
+    before_norm, shortcut_norm = projection
+    if shortcut_norm is not None and shortcut_norm is spans[-1].norm:
+        return "the shortcut's norm is the branch's too"
     between = _active(block, residual.between) if residual.between else []
     return _Parts(spans, before_norm, shortcut_norm, between, act)
+
+
+def _host_objection(block: nn.Module, host: Host) -> str | None:
+    module = block
+    if host.path:
+        child = _child(block, host.path)
+        if child is None or (host.kind is not None and type(child) is not host.kind):
+            return f"{host.path} was replaced"
+        if is_hooked(child):
+            return f"{host.path} has hooks or a patched forward"
+        module = child
+    if host.children is not None and len(module._modules) != host.children:
+        return f"{host.path or 'the block'} has other children than when it was described"
+    for name, value in host.attributes:
+        current = getattr(module, name, _MISSING)
+        if current is not value and (type(current) is not type(value) or current != value):
+            return f"{name} is not {value!r} any more"
+    return None
+
+
+_MISSING = object()
+
+
+def _projection(
+    block: nn.Module, shortcut: str | tuple[str, ...] | None
+) -> tuple[list[nn.Module], nn.Module | None] | str:
+    """The shortcut's modules in order, a last one that is a norm apart; both are empty for the identity."""
+    if shortcut is None:
+        return [], None
+    if isinstance(shortcut, str):
+        whole = _child(block, shortcut)
+        if whole is None or _is_identity(whole):
+            return [], None
+        if type(whole) is not nn.Sequential:
+            return [whole], None
+        if is_hooked(whole):
+            return f"{shortcut} has hooks or a patched forward"
+        children = [child for child in whole._modules.values() if child is not None]
+        last = f"{shortcut}.{len(children) - 1}"
+    else:
+        found = [_child(block, path) for path in shortcut]
+        children = [child for child in found if child is not None]
+        if len(children) < len(found):
+            return f"it has not all of {', '.join(shortcut)}"
+        last = shortcut[-1]
+    if len(children) > 1 and _norm_objection(last, children[-1]) is None:
+        return children[:-1], children[-1]
+    if is_hooked(children[-1]):
+        return f"{last} has hooks or a patched forward"
+    return children, None
 
 
 def _execute(block: nn.Module, residual: Residual, parts: _Parts, x: Tensor) -> Tensor:
@@ -237,10 +315,14 @@ def _execute(block: nn.Module, residual: Residual, parts: _Parts, x: Tensor) -> 
     shortcut = x
     for child in parts.before_shortcut_norm:
         shortcut = child(shortcut)
-    if shortcut.shape != z.shape:  # a broadcasting residual: eager's own addition, or its error
+    if shortcut.shape != z.shape or (shortcut.dtype != z.dtype and not residual.adds_in_place):
+        # eager's own broadcasting, promotion or error
         z = bn_act(z, norm, IDENTITY, gate=gate)
         shortcut = bn_act(shortcut, parts.shortcut_norm, IDENTITY)
-        z += shortcut
+        if residual.adds_in_place:
+            z += shortcut
+        else:
+            z = z + shortcut
         return _activate(z, parts.act)
     return bn_act(z, norm, parts.act, residual=shortcut, residual_norm=parts.shortcut_norm, gate=gate)
 
@@ -267,7 +349,7 @@ def _run_between(
     if norm is not None and not _dtypes_fit(z, norm):
         z, norm = norm(z), None  # first: a random factor is drawn in the branch's dtype
     for child in between:
-        row = None if _hooked(child) else gates.of_module(child)
+        row = None if is_hooked(child) else gates.of_module(child)
         if row is None or row.reads:
             z, norm, gate = bn_act(z, norm, IDENTITY, gate=gate), None, None
         if row is None:
