@@ -1,0 +1,175 @@
+"""The class of a fused module: a subclass of its own class whose forward runs the description.
+
+Only `__class__` changes. Parameters, children, hooks and everything else in the instance stay as they are; the
+description lives in the class. A copy is fused too. A pickle names the original class: it loads unfused, with or
+without fusedres.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from abc import ABCMeta
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+from fusedres.residual import Residual, run
+
+_copying = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A Sequential's children in order: names of those that are called as they are, descriptions of fused runs.
+
+    Args:
+        steps: what is called, in order.
+        names: all children; with others than these the Sequential runs as it always did.
+    """
+
+    steps: tuple[str | Residual, ...]
+    names: tuple[str, ...]
+
+
+Description = Residual | Runs
+
+
+class Fused:
+    """What the classes of fused modules have in common.
+
+    Args:
+        original: the class that the module had.
+        description: what forward runs.
+        family: what the module was recognised as.
+    """
+
+    original: type[nn.Module]
+    description: Description
+    family: str
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # By protocol 0, because pickle refuses a later protocol's constructor for any class but the object's own.
+        reduced = super().__reduce_ex__(0)
+        if isinstance(reduced, str):
+            return reduced
+        function, arguments, *state = reduced
+        cls = type(self)
+        return (function, tuple(self.original if argument is cls else argument for argument in arguments), *state)
+
+    def __copy__(self) -> Any:
+        return self._copied(copy.copy)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._copied(partial(copy.deepcopy, memo=memo))
+
+    def _copied(self, copier: Callable[[Any], Any]) -> Any:
+        """Copied as its original class copies itself, and fused like it."""
+        cls = type(self)
+        with _copying:
+            self.__class__ = self.original  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                twin = copier(self)
+            finally:
+                self.__class__ = cls
+        twin.__class__ = cls
+        return twin
+
+
+def objection(original: type[nn.Module]) -> str | None:
+    """Why a class can't be subclassed without anyone noticing."""
+    if not isinstance(original.forward, FunctionType):
+        return f"{original.__name__}.forward is a {type(original.forward).__name__}, not a function"
+    if type(original) not in (type, ABCMeta):
+        return f"{original.__name__} has the metaclass {type(original).__name__}, which a new subclass might upset"
+    if hasattr(original.__init_subclass__, "__func__"):
+        return f"{original.__name__} defines __init_subclass__, which a new subclass would call"
+    return None
+
+
+def swap(module: nn.Module, description: Description, family: str) -> None:
+    """Let the module run its description."""
+    module.__class__ = _subclass(type(module), description, family)
+
+
+def restore(module: nn.Module) -> None:
+    """Give a fused module its class back."""
+    if isinstance(module, Fused):
+        module.__class__ = module.original  # pyright: ignore[reportAttributeAccessIssue]
+
+
+_subclasses: dict[tuple[type[nn.Module], Description, str], type[nn.Module]] = {}
+
+
+def _subclass(original: type[nn.Module], description: Description, family: str) -> type[nn.Module]:
+    key = original, description, family
+    if key not in _subclasses:
+        if isinstance(description, Residual):
+            forward = _block_forward(original.forward, description)
+        else:
+            forward = _sequential_forward(original.forward, description)
+        members = {
+            "original": original,
+            "description": description,
+            "family": family,
+            "forward": _in_the_name_of(original.forward, forward),
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+        }
+        metaclass: Any = type(original)
+        _subclasses[key] = metaclass(original.__name__, (Fused, original), members)
+    return _subclasses[key]
+
+
+def _block_forward(original: Callable[..., Any], residual: Residual, run: Any = run, partial: Any = partial) -> Any:
+    """Names are arguments here, because the function is to have the original's globals."""
+
+    def forward(self, *args, **kwargs):
+        if len(args) != 1 or kwargs:
+            return original(self, *args, **kwargs)
+        return run(self, residual, args[0], partial(original, self))
+
+    return forward
+
+
+def _sequential_forward(original: Callable[..., Any], runs: Runs) -> Any:
+    run_steps = _run_steps
+
+    def forward(self, *args, **kwargs):
+        if len(args) != 1 or kwargs or tuple(self._modules) != runs.names:
+            return original(self, *args, **kwargs)
+        return run_steps(self, runs.steps, args[0])
+
+    return forward
+
+
+def _run_steps(module: nn.Module, steps: tuple[str | Residual, ...], x: Tensor) -> Tensor:
+    for step in steps:
+        if isinstance(step, Residual):
+            x = run(module, step, x, partial(_run_children, module, step))
+        else:
+            x = module._modules[step](x)  # pyright: ignore[reportOptionalCall]  # Sequential calls None too
+    return x
+
+
+def _run_children(module: nn.Module, residual: Residual, x: Tensor) -> Tensor:
+    for stage in residual.stages:
+        for name in (stage.conv, stage.norm, str(stage.act)):
+            x = module._modules[name](x)  # pyright: ignore[reportOptionalCall]
+    return x
+
+
+def _in_the_name_of(original: Callable[..., Any], forward: FunctionType) -> FunctionType:
+    """`forward`, to be read as the original: inspect and torch.jit.script unwrap it, and look names up as it does."""
+    function = FunctionType(
+        forward.__code__, original.__globals__, original.__name__, forward.__defaults__, forward.__closure__
+    )
+    function.__wrapped__ = original  # pyright: ignore[reportFunctionMemberAccess]
+    function.__module__, function.__qualname__ = original.__module__, original.__qualname__
+    function.__doc__ = original.__doc__
+    return function
