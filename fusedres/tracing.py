@@ -1,0 +1,128 @@
+"""A block's forward as a graph: run on a symbol, children called but not entered unless they hold a batch norm."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from fusedres import gates, swap
+from fusedres.residual import is_batch_norm
+
+
+class UnprovenError(Exception):
+    """Why a forward is not, or can't be shown to be, the formula."""
+
+
+class Trace:
+    """One run of a forward on a symbol. The block is not touched: a stand-in with its children and attributes runs.
+
+    Args:
+        block: what is run.
+        training: the mode that its forward sees.
+    """
+
+    def __init__(self, block: nn.Module, training: bool) -> None:
+        self.block = block
+        tracer = _Tracer(training)
+        root = tracer.enter("", block)
+        try:
+            self.graph = tracer.trace(root)
+        except UnprovenError:
+            raise
+        except Exception as error:  # whatever a forward makes of a symbol
+            first_line = str(error).strip().partition("\n")[0]
+            raise UnprovenError(f"its forward can't be traced: {first_line}") from error
+        self._entered = tracer.entered
+
+    def entered(self) -> Iterator[tuple[str, nn.Module, tuple[tuple[str, object], ...]]]:
+        """Each module whose forward was run: path, module, and the settings that were read of it."""
+        for path, stand_in in self._entered.items():
+            module = self.block.get_submodule(path)
+            yield path, module, tuple(_settings(module, stand_in.__dict__[_READS], path))
+
+
+class _Symbol(fx.Proxy):
+    """Tells `a += b` from `a + b`, which fx takes for the same."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, training: bool) -> None:
+        super().__init__()
+        self._training = training
+        self.entered: dict[str, Any] = {}
+
+    def enter(self, path: str, module: nn.Module) -> Any:
+        if path not in self.entered:
+            reason = swap.objection(type(module))
+            if reason is not None:
+                raise UnprovenError(reason)
+            stand_in = object.__new__(_stand_in_class(type(module)))
+            stand_in.__dict__.update(module.__dict__, training=self._training, **{_READS: {}})
+            self.entered[path] = stand_in
+        return self.entered[path]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Symbol(node, self)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        try:
+            path = self.path_of_module(m)
+        except NameError:  # made in the forward, as in nn.ReLU()(x)
+            return m.forward(*args, **kwargs)
+        if _is_leaf(m):
+            return self.create_proxy("call_module", path, args, kwargs)
+        return self.enter(path, m).forward(*args, **kwargs)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    if is_batch_norm(module) or gates.of_module(module) is not None:
+        return True
+    standard = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+    return standard or not any(map(is_batch_norm, module.modules()))
+
+
+_READS = "_attributes_read"
+_INTERNALS = frozenset(vars(nn.Module())) | {"__dict__", "__class__", _READS}
+
+
+@cache
+def _stand_in_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls`, noting which attributes are read."""
+
+    def read(self: Any, name: str) -> Any:
+        if name not in _INTERNALS:
+            object.__getattribute__(self, "__dict__")[_READS][name] = None
+        return cls.__getattribute__(self, name)
+
+    def forward(self: Any, x: Any) -> Any:
+        return cls.forward(self, x)
+
+    members = {"__getattribute__": read, "forward": forward, "__module__": __name__}
+    return cast(Any, type(cls))(cls.__name__, (cls,), members)
+
+
+_SETTING = (type(None), bool, int, float, str, torch.dtype, FunctionType, BuiltinFunctionType, type)
+
+
+def _settings(module: nn.Module, names: dict[str, None], path: str) -> Iterator[tuple[str, object]]:
+    """What a forward read that is neither a child, a tensor nor a method."""
+    for name in names:
+        value = getattr(module, name)
+        if isinstance(value, nn.Module | Tensor | MethodType):
+            continue
+        if not all(isinstance(element, _SETTING) for element in (value if isinstance(value, tuple) else (value,))):
+            where = f"{path}.{name}" if path else name
+            raise UnprovenError(f"it reads {where}, a {type(value).__name__}, which may change")
+        yield name, value
