@@ -8,8 +8,23 @@ from fusedres._version import __version__
 from fusedres.blocks import BasicBlock, Bottleneck
 from fusedres.dispatch import use_backend
 from fusedres.explanation import explain
+from fusedres.families import register_family
+from fusedres.fusion import fuse, unfuse
+from fusedres.verification import verify
 
 if _os.environ.get("FUSEDRES_BACKEND"):
     _dispatch.force(_os.environ["FUSEDRES_BACKEND"])
 
-__all__ = ["BasicBlock", "Bottleneck", "__version__", "explain", "models", "ops", "use_backend"]
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "__version__",
+    "explain",
+    "fuse",
+    "models",
+    "ops",
+    "register_family",
+    "unfuse",
+    "use_backend",
+    "verify",
+]

@@ -183,17 +183,25 @@ class _Match:
         if self._nodes.index(shortcut[0].node) > self._nodes.index(branch[-1].node):
             return
         for step in (*shortcut, branch[0]):
-            if not (step.is_norm or isinstance(step.module, _TIMELESS)):
+            if not (step.is_norm or isinstance(step.module, _TIMELESS) or _is_empty(step.module)):
                 raise UnprovenError(f"{_name(step.node)} and the branch could not change their order unnoticed")
 
     def _hosts(self, residual: Residual) -> tuple[Host, ...]:
-        hosts = []
+        hosts = {}
         for path, module, settings in self._trace.entered():
-            if not path:
-                hosts += [Host(path, attributes=settings)] if settings else []
-            elif path != residual.shortcut:  # which the executor looks through itself
-                hosts.append(Host(path, type(module), len(module._modules), settings))
-        return tuple(hosts)
+            if path:
+                hosts[path] = Host(path, type(module), len(module._modules), settings)
+            elif settings:
+                hosts[path] = Host(path, attributes=settings)
+        if isinstance(residual.shortcut, str) and residual.shortcut:
+            shortcut = self._block.get_submodule(residual.shortcut)
+            if type(shortcut) is nn.Sequential:  # what is appended to it has not been proven
+                hosts[residual.shortcut] = Host(residual.shortcut, nn.Sequential, len(shortcut._modules))
+        return tuple(hosts.values())
+
+
+def _is_empty(module: nn.Module | None) -> bool:
+    return type(module) is nn.Sequential and len(module) == 0
 
 
 def _stages(steps: list[_Step]) -> tuple[Stage, ...]:
