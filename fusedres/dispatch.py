@@ -42,10 +42,16 @@ class Recorder:
         self._block = ""
         self.choices: list[Choice] = []
 
-    def enter(self, block: nn.Module, eager_because: str | None) -> None:
-        self._block = self._names.get(block, "")
+    @contextmanager
+    def inside(self, block: nn.Module, eager_because: str | None) -> Iterator[None]:
+        """Choices made inside are the block's, but for those of a block within it."""
+        outer, self._block = self._block, self._names.get(block, "")
         if eager_because is not None:
             self.choices.append(Choice(self._block, "block", "eager path", {"fused": eager_because}))
+        try:
+            yield
+        finally:
+            self._block = outer
 
     def add(self, request: Request) -> None:
         self.choices.append(Choice(self._block, request.op, _first(request).name, objections(request)))

@@ -96,9 +96,10 @@ def objection(block: nn.Module, residual: Residual) -> str | None:
 def run(block: nn.Module, residual: Residual, x: Tensor, eager: Callable[[Tensor], Tensor]) -> Tensor:
     """The block's output: fused, or by `eager` wherever the formula does not apply to this call."""
     parts = _ambient_objection(x) or _resolve(block, residual)
-    if dispatch.recorder is not None:
-        dispatch.recorder.enter(block, parts if isinstance(parts, str) else None)
-    return eager(x) if isinstance(parts, str) else _execute(block, residual, parts, x)
+    if dispatch.recorder is None:
+        return eager(x) if isinstance(parts, str) else _execute(block, residual, parts, x)
+    with dispatch.recorder.inside(block, parts if isinstance(parts, str) else None):
+        return eager(x) if isinstance(parts, str) else _execute(block, residual, parts, x)
 
 
 class _Span(NamedTuple):
@@ -214,10 +215,9 @@ def _activation(block: nn.Module, act: str | Activation | None) -> nn.Module | A
 
 def _resolve(block: nn.Module, residual: Residual) -> _Parts | str:
     """The children that this call runs, or why it takes the eager path."""
-    for host in residual.hosts:
-        reason = _host_objection(block, host)
-        if reason is not None:
-            return reason
+    reason = hosts_objection(block, residual.hosts)
+    if reason is not None:
+        return reason
     spans = []
     for stage in residual.stages:
         conv, norm = _child(block, stage.conv), _child(block, stage.norm)
@@ -250,6 +250,15 @@ def _resolve(block: nn.Module, residual: Residual) -> _Parts | str:
         return "the shortcut's norm is the branch's too"
     between = _active(block, residual.between) if residual.between else []
     return _Parts(spans, before_norm, shortcut_norm, between, act)
+
+
+def hosts_objection(block: nn.Module, hosts: tuple[Host, ...]) -> str | None:
+    """What has changed since the block was described."""
+    for host in hosts:
+        reason = _host_objection(block, host)
+        if reason is not None:
+            return reason
+    return None
 
 
 def _host_objection(block: nn.Module, host: Host) -> str | None:
