@@ -13,7 +13,7 @@ from fusedres.residual import Residual, is_batch_norm, is_hooked
 from fusedres.residual import objection as residual_objection
 from fusedres.swap import Description
 
-_QUANTIZED = ("torch.ao.nn.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic")
+_QUANTIZED = ("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic")
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 
 
@@ -34,11 +34,19 @@ def objection(block: nn.Module, description: Description, references: Mapping[nn
     Args:
         references: how many places of the model hold each module.
     """
-    for find in (_class, _data, _kind):
-        found = find(block)
-        if found is not None:
-            return found
-    return _sharing(block, description, references) or _call(block, description)
+    parts = _parts(block, description)
+    called = parts if isinstance(description, Residual) else dict(block.named_children())
+    found = _class(block) or _data(parts) or _kind(called)
+    return found or _sharing(parts, description, references) or _call(block, description)
+
+
+def _parts(block: nn.Module, description: Description) -> dict[str, nn.Module]:
+    """The modules that a description stands for, by path: of a chain, only those in its runs."""
+    modules = dict(block.named_modules())
+    if isinstance(description, Residual):
+        return modules
+    stages = [stage for residual in residuals(description) for stage in residual.stages]
+    return {path: modules[path] for stage in stages for path in (stage.conv, stage.norm, str(stage.act))}
 
 
 def _class(block: nn.Module) -> Objection | None:
@@ -48,17 +56,18 @@ def _class(block: nn.Module) -> Objection | None:
     return None if reason is None else Objection(Code.CLASS, reason)
 
 
-def _data(block: nn.Module) -> Objection | None:
-    for tensor in (*block.parameters(), *block.buffers()):
-        if tensor.is_meta:
-            return Objection(Code.META, "its parameters have no data; fuse after materialising them")
-        if type(tensor).__name__ == "DTensor":
-            return Objection(Code.SHARDED, "its parameters are sharded; fuse the model before that")
+def _data(parts: Mapping[str, nn.Module]) -> Objection | None:
+    for module in parts.values():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_meta:
+                return Objection(Code.META, "its parameters have no data; fuse after materialising them")
+            if type(tensor).__name__ == "DTensor":
+                return Objection(Code.SHARDED, "its parameters are sharded; fuse the model before that")
     return None
 
 
-def _kind(block: nn.Module) -> Objection | None:
-    for path, module in block.named_modules():
+def _kind(parts: Mapping[str, nn.Module]) -> Objection | None:
+    for path, module in parts.items():
         cls = type(module)
         if cls.__module__.startswith(_QUANTIZED):
             return Objection(Code.QUANTIZED, f"{path} is a quantized {cls.__name__}")
@@ -71,15 +80,17 @@ def _kind(block: nn.Module) -> Objection | None:
     return None
 
 
-def _sharing(block: nn.Module, description: Description, references: Mapping[nn.Module, int]) -> Objection | None:
-    for path, module in block.named_modules():
+def _sharing(
+    parts: Mapping[str, nn.Module], description: Description, references: Mapping[nn.Module, int]
+) -> Objection | None:
+    for path, module in parts.items():
         if references[module] > 1 and (not path or _has_state(module)):
             return Objection(Code.SHARED, f"{path or 'it'} is held in {references[module]} places of the model")
-    for residual in residuals(description):
-        paths = [path for stage in residual.stages for path in (stage.conv, stage.norm)]
-        for path in paths:
-            if paths.count(path) > 1:
-                return Objection(Code.SHARED, f"{path} is called more than once")
+    stages = [stage for residual in residuals(description) for stage in residual.stages]
+    called = [path for stage in stages for path in (stage.conv, stage.norm)]
+    for path in called:
+        if called.count(path) > 1:
+            return Objection(Code.SHARED, f"{path} is called more than once")
     return None
 
 

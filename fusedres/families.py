@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fusedres.blocks.block import Block
-from fusedres.epilogue import IDENTITY, of_module
+from fusedres import chains
 from fusedres.proof import prove
 from fusedres.report import Code, Objection
 from fusedres.residual import Host, Residual, Stage, is_batch_norm
-from fusedres.swap import Description, Runs
+from fusedres.swap import Description
 
 Describe = Callable[[nn.Module], Residual | Objection]
 
@@ -170,14 +169,15 @@ def find(module: nn.Module) -> Finding | None:
         if family is not None and cls.forward is base.forward:
             return Finding(family.name, family.describe(module))
     if isinstance(module, nn.Sequential):
-        runs = _runs(module) if cls.forward is nn.Sequential.forward else None
+        runs = chains.of_sequential(module) if cls.forward is nn.Sequential.forward else None
         return None if runs is None else Finding("sequential", runs)
-    if isinstance(module, Block) or not _may_be_block(module):
+    if type(module).__module__.startswith("torch.") or is_batch_norm(module):
         return None
-    description = prove(module)
-    if isinstance(description, Objection) and not _looks_residual(module):
-        return None
-    return Finding("by its forward", description)
+    description = prove(module) if _may_be_block(module) else None
+    if isinstance(description, Residual) or (description is not None and _looks_residual(module)):
+        return Finding("by its forward", description)
+    runs = chains.of_forward(module)
+    return None if runs is None else Finding("chain", runs)
 
 
 def _qualified_name(cls: type) -> str:
@@ -189,9 +189,7 @@ _MOST_NORMS = 8
 
 
 def _may_be_block(module: nn.Module) -> bool:
-    """Worth a trace: not one of PyTorch's own, and with a few batch norms."""
-    if type(module).__module__.startswith("torch.") or is_batch_norm(module):
-        return False
+    """Whether it's as small as a block: with a few batch norms."""
     norms = 0
     for child in module.modules():
         norms += is_batch_norm(child)
@@ -209,24 +207,3 @@ def _looks_residual(module: nn.Module) -> bool:
 
 def _is_norm_layer(module: nn.Module) -> bool:
     return is_batch_norm(module) or isinstance(module, nn.modules.batchnorm._NormBase)
-
-
-def _runs(sequential: nn.Sequential) -> Runs | None:
-    """conv -> norm -> act among the children, wherever they follow each other."""
-    names = tuple(sequential._modules)
-    children = [sequential._modules[name] for name in names]
-    steps: list[str | Residual] = []
-    index = 0
-    while index < len(names):
-        conv, norm, act = (*children[index : index + 3], None, None)[:3]
-        if isinstance(conv, nn.Conv2d) and norm is not None and is_batch_norm(norm) and _activates(act):
-            steps.append(Residual((Stage(names[index], names[index + 1], names[index + 2]),)))
-            index += 3
-        else:
-            steps.append(names[index])
-            index += 1
-    return Runs(tuple(steps), names) if any(isinstance(step, Residual) for step in steps) else None
-
-
-def _activates(module: nn.Module | None) -> bool:
-    return module is not None and of_module(module) not in (None, IDENTITY)

@@ -14,7 +14,7 @@ from fusedres.blocks.block import Block
 from fusedres.epilogue import IDENTITY, Activation, of_module
 from fusedres.report import Code, Objection, Report, Row
 from fusedres.residual import Residual, is_batch_norm
-from fusedres.swap import Description, Fused
+from fusedres.swap import Description, Fused, Runs
 
 Pattern = str | type[nn.Module]
 Patterns = Pattern | Iterable[Pattern]
@@ -50,7 +50,7 @@ def fuse(
             f"strict=True, but {len(report.skipped)} blocks can't be fused (skip= excludes them):\n{reasons}"
         )
     for plan in plans:
-        if plan.description is not None:
+        if plan.description is not None and plan.row.status == "fused":
             swap.swap(plan.module, plan.description, plan.row.family)
     return report
 
@@ -69,7 +69,7 @@ def _check_module(model: object, caller: str) -> None:
 
 
 class _Plan(NamedTuple):
-    """What is to become of one block; without a description nothing changes."""
+    """What is to become of one block; what is skipped has no description."""
 
     module: nn.Module
     row: Row
@@ -127,7 +127,7 @@ class _Walk:
         plan = self._plan(path, module) if selected else None
         if plan is not None:
             yield plan
-            whole = plan.row.status != "skipped" and not isinstance(module, nn.Sequential)
+            whole = plan.row.status != "skipped" and not isinstance(plan.description, Runs)
             if whole or plan.row.code is Code.UNSUPPORTED:
                 return
         for name, child in module._modules.items():
@@ -138,7 +138,7 @@ class _Walk:
         if isinstance(module, Fused | Block):
             family = module.family if isinstance(module, Fused) else "fusedres"
             description = module.description if isinstance(module, Fused) else module.residual
-            return _Plan(module, _described(path, family, "already fused", module, description))
+            return _Plan(module, _described(path, family, "already fused", module, description), description)
         found = families.find(module)
         if found is None:
             return None

@@ -18,22 +18,39 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fusedres.residual import Residual, run
+from fusedres.residual import Host, Residual, hosts_objection, run
 
 _copying = threading.RLock()
 
 
 @dataclass(frozen=True)
+class Call:
+    """A function, or a method's name, and what it is called with after the tensor."""
+
+    target: str | Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        target = getattr(type(x), self.target) if isinstance(self.target, str) else self.target
+        return target(x, *self.arguments, **dict(self.keywords))
+
+
+@dataclass(frozen=True)
 class Runs:
-    """A Sequential's children in order: names of those that are called as they are, descriptions of fused runs.
+    """A module that calls one thing after the other, some of them in fused runs.
 
     Args:
-        steps: what is called, in order.
-        names: all children; with others than these the Sequential runs as it always did.
+        steps: what is called in training, in order: a child's name, a function, the description of a run.
+        steps_in_eval: the same in eval mode.
+        names: all children; with others than these the module runs as it always did.
+        hosts: the settings that its forward depends on.
     """
 
-    steps: tuple[str | Residual, ...]
+    steps: tuple[str | Call | Residual, ...]
+    steps_in_eval: tuple[str | Call | Residual, ...]
     names: tuple[str, ...]
+    hosts: tuple[Host, ...] = ()
 
 
 Description = Residual | Runs
@@ -111,7 +128,7 @@ def _subclass(original: type[nn.Module], description: Description, family: str) 
         if isinstance(description, Residual):
             forward = _block_forward(original.forward, description)
         else:
-            forward = _sequential_forward(original.forward, description)
+            forward = _runs_forward(original.forward, description)
         members = {
             "original": original,
             "description": description,
@@ -137,21 +154,12 @@ def _block_forward(original: Callable[..., Any], residual: Residual, run: Any = 
     return forward
 
 
-def _sequential_forward(original: Callable[..., Any], runs: Runs) -> Any:
-    run_steps = _run_steps
-
-    def forward(self, *args, **kwargs):
-        if len(args) != 1 or kwargs or tuple(self._modules) != runs.names:
-            return original(self, *args, **kwargs)
-        return run_steps(self, runs.steps, args[0])
-
-    return forward
-
-
-def _run_steps(module: nn.Module, steps: tuple[str | Residual, ...], x: Tensor) -> Tensor:
+def _run_steps(module: nn.Module, steps: tuple[str | Call | Residual, ...], x: Tensor) -> Tensor:
     for step in steps:
         if isinstance(step, Residual):
             x = run(module, step, x, partial(_run_children, module, step))
+        elif isinstance(step, Call):
+            x = step(x)
         else:
             x = module._modules[step](x)  # pyright: ignore[reportOptionalCall]  # Sequential calls None too
     return x
@@ -162,6 +170,17 @@ def _run_children(module: nn.Module, residual: Residual, x: Tensor) -> Tensor:
         for name in (stage.conv, stage.norm, str(stage.act)):
             x = module._modules[name](x)  # pyright: ignore[reportOptionalCall]
     return x
+
+
+def _runs_forward(
+    original: Callable[..., Any], runs: Runs, run_steps: Any = _run_steps, changed: Any = hosts_objection
+) -> Any:
+    def forward(self, *args, **kwargs):
+        if len(args) != 1 or kwargs or tuple(self._modules) != runs.names or changed(self, runs.hosts):
+            return original(self, *args, **kwargs)
+        return run_steps(self, runs.steps if self.training else runs.steps_in_eval, args[0])
+
+    return forward
 
 
 def _in_the_name_of(original: Callable[..., Any], forward: FunctionType) -> FunctionType:

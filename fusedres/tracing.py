@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fusedres import gates, swap
+from fusedres import swap
 from fusedres.residual import is_batch_norm
 
 
@@ -25,11 +25,12 @@ class Trace:
     Args:
         block: what is run.
         training: the mode that its forward sees.
+        enters: whether children that hold a batch norm are entered.
     """
 
-    def __init__(self, block: nn.Module, training: bool) -> None:
+    def __init__(self, block: nn.Module, training: bool, *, enters: bool = True) -> None:
         self.block = block
-        tracer = _Tracer(training)
+        tracer = _Tracer(training, enters)
         root = tracer.enter("", block)
         try:
             self.graph = tracer.trace(root)
@@ -58,9 +59,9 @@ class _Symbol(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, training: bool) -> None:
+    def __init__(self, training: bool, enters: bool) -> None:
         super().__init__()
-        self._training = training
+        self._training, self._enters = training, enters
         self.entered: dict[str, Any] = {}
 
     def enter(self, path: str, module: nn.Module) -> Any:
@@ -81,13 +82,13 @@ class _Tracer(fx.Tracer):
             path = self.path_of_module(m)
         except NameError:  # made in the forward, as in nn.ReLU()(x)
             return m.forward(*args, **kwargs)
-        if _is_leaf(m):
+        if not self._enters or _is_leaf(m):
             return self.create_proxy("call_module", path, args, kwargs)
         return self.enter(path, m).forward(*args, **kwargs)
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    if is_batch_norm(module) or gates.of_module(module) is not None:
+    if is_batch_norm(module):
         return True
     standard = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
     return standard or not any(map(is_batch_norm, module.modules()))
