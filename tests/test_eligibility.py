@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.utils.parametrizations as parametrizations
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 from torchvision_models import FrozenBatchNorm2d, quantizable_resnet18, resnet
 from user_blocks import Cifar
@@ -138,6 +139,36 @@ def test_compiled_and_traced_modules_are_left_alone():
     report = fusedres.fuse(nn.Sequential(traced, scripted, Cifar()))
     assert [(row.path, row.code) for row in report.skipped] == [("0", Code.SCRIPTED), ("1", Code.SCRIPTED)]
     assert [row.path for row in report.fused] == ["2"]
+
+
+def test_a_norm_called_twice_is_shared():
+    class Twice(Cifar):
+        def forward(self, x):
+            return torch.relu(self.bn1(self.conv1(torch.relu(self.bn1(self.conv1(x))))) + x)
+
+    report = fusedres.fuse(Twice())
+    assert [row.code for row in report.skipped] == [Code.SHARED] and "called more than once" in str(report)
+
+
+def test_a_sequential_with_its_own_forward_is_left_alone():
+    class Backwards(nn.Sequential):
+        def forward(self, x):
+            for module in reversed(self):
+                x = module(x)
+            return x
+
+    assert not fusedres.fuse(Backwards(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())).rows
+
+
+def test_fully_sharded_parameters_are_left_alone(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model = fully_shard(nn.Sequential(Cifar()), mesh=mesh)
+        assert [(row.path, row.code) for row in fusedres.fuse(model).skipped] == [("0", Code.SHARDED)]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_sharded_modules_are_left_alone():

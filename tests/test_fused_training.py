@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torchvision_models import resnet
+from user_blocks import Cifar
 
 import fusedres
 from fusedres import dispatch
@@ -224,6 +225,10 @@ def test_torchscript_compiles_the_original_forward():
     for convert in (torch.jit.script, lambda model: torch.jit.trace(model, x)):
         torch.testing.assert_close(convert(fused.eval())(x), eager.eval()(x))
     assert [type(module) for module in fused.modules()] == classes
+    block = Cifar().double().eval()  # calls functions of its own file
+    expected = block(x := torch.randn(2, 4, 6, 6, dtype=torch.float64))
+    fusedres.fuse(block)
+    torch.testing.assert_close(torch.jit.script(block)(x), expected)
 
 
 def test_disabled_runs_the_original_forward(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from eager import assert_matches_eager, assert_path, randomise, sample
 from torch import nn
-from user_blocks import PROVEN, UNPROVEN, Cifar, Gated, MmdetStyle, Nested, ReZero, Tutorial
+from user_blocks import PROVEN, UNPROVEN, Cifar, ConvNormAct, Gated, MmdetStyle, Nested, ReZero, Tutorial
 
 import fusedres
 from fusedres import dispatch
@@ -77,6 +77,26 @@ def test_a_projection_set_after_fuse_is_seen(kernels):
     assert_matches_eager(fused, eager, sample(), path="eager")
 
 
+def test_what_is_appended_to_a_projection_is_seen(kernels):
+    fused, eager = pair(Cifar(4, 6, 2))
+    for block in (fused, eager):
+        block.shortcut.append(nn.Dropout(0.5))
+    assert_matches_eager(fused, eager, sample(), path="eager")
+
+
+def test_a_projection_without_its_norm_fails_as_in_eager():
+    fused, eager = pair(Nested(4, 6, 2))
+    for block in (fused, eager):
+        block.project.norm = None
+        with pytest.raises(TypeError, match="NoneType"):
+            block(sample())
+
+
+class Halved(ConvNormAct):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
 @pytest.mark.parametrize("change", ["hook", "replaced", "longer"])
 def test_a_module_passed_over_is_watched(change, kernels):
     fused, eager = pair(Nested())
@@ -85,7 +105,7 @@ def test_a_module_passed_over_is_watched(change, kernels):
         if change == "hook":
             block.layers[0].register_forward_hook(lambda module, args, y: calls.append(module))
         elif change == "replaced":
-            block.layers[0] = nn.Sequential(*block.layers[0]._modules.values())
+            block.layers[0].__class__ = Halved
         else:
             block.layers.append(nn.ReLU())
     assert_matches_eager(fused, eager, sample(), path="eager")

@@ -1,6 +1,7 @@
 """verify tells a right fused model from a wrong one, and leaves the model as it was."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -57,6 +58,8 @@ def test_a_wrong_description_differs(description):
     finally:
         families.FAMILIES.popitem()
     assert not result.agrees
+    missing = [c.quantity for c in result.comparisons if c.fused == math.inf]
+    assert missing == (["gradients"] * 2 if description is WRONG["no shortcut"] else [])
     assert "DIFFERS" in str(result)
 
 

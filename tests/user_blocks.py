@@ -255,7 +255,33 @@ class ReadsSettings(Convolutions):
         return F.relu(out) if self.settings["act"] else out
 
 
+class AddsItself(Convolutions):
+    def forward(self, x):
+        out = self.branch(x)
+        return F.relu(out + out)
+
+
+class AddsDouble(Convolutions):
+    def forward(self, x):
+        return F.relu(self.branch(x) + (x + x))
+
+
+class TwoNorms(Convolutions):
+    def forward(self, x):
+        return F.relu(self.bn2(self.bn1(self.conv1(x))) + x)
+
+
+class InPlaceBranchAfterShortcut(Convolutions):
+    def forward(self, x):
+        shortcut = self.conv2(x)
+        return F.relu(self.bn1(self.relu(x)) + shortcut)
+
+
 UNPROVEN = (
+    AddsItself,
+    AddsDouble,
+    TwoNorms,
+    InPlaceBranchAfterShortcut,
     PreActivation,
     Scaled,
     ActBeforeNorm,
