@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-full test-oldest lint format package bench errors clean
+.PHONY: help venv demo test test-full test-oldest lint format package bench errors coverage clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +58,9 @@ bench: $(VENV)/dev.stamp  ## time the ops and blocks on the CPU; for a GPU see b
 
 errors: $(VENV)/dev.stamp  ## regenerate docs/errors.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/errors.py docs/errors.md
+
+coverage: $(VENV)/dev.stamp  ## regenerate docs/coverage.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py docs/coverage.md
 
 clean:  ## remove the environments and everything built
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

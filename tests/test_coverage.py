@@ -1,0 +1,90 @@
+"""Whole networks of torchvision and timm: fused where they can be, equal to themselves unfused in any case."""
+
+import fnmatch
+
+import pytest
+import torch
+from eager import randomise
+from torchvision_models import torchvision
+
+import fusedres
+from fusedres.report import Code
+
+timm = pytest.importorskip("timm")
+
+TORCHVISION = fnmatch.filter(torchvision.models.list_models(torchvision.models), "*resne[tx]*")
+TIMM = [
+    name
+    for pattern in ("resnet*", "resnext*", "seresnet*", "wide_resnet*", "ecaresnet*", "gcresnet*")
+    for name in timm.list_models(pattern)
+]
+SAMPLE = {
+    "torchvision": ("resnet18", "resnext50_32x4d"),
+    "timm": ("resnet10t", "resnet26d", "resnetblur18", "seresnet18", "ecaresnet26t", "resnetv2_18", "gcresnet33ts"),
+}
+NAMES = [("torchvision", name) for name in TORCHVISION] + [("timm", name) for name in TIMM]
+LARGE = 120_000_000
+
+
+def networks():
+    """Every name; those not in the sample are slow."""
+    for library, name in NAMES:
+        marks = () if name in SAMPLE[library] else pytest.mark.slow
+        yield pytest.param(library, name, id=f"{library}-{name}", marks=marks)
+
+
+def build(library, name):
+    torch.manual_seed(0)
+    if library == "torchvision":
+        return torchvision.models.get_model(name, weights=None, num_classes=3)
+    return timm.create_model(name, num_classes=3)
+
+
+def step(model, x, training):
+    """The output, the gradients and the buffers of one forward and backward; the buffers are put back."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch.manual_seed(1)
+    y = model.train(training)(x)
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(y.square().sum(), list(parameters.values()), allow_unused=True)
+    found = {"y": y.detach(), **dict(zip(parameters, gradients, strict=True))}
+    for name, buffer in model.named_buffers():
+        found[name] = buffer.clone()
+        buffer.copy_(before[name])
+    return found
+
+
+def assert_close(fused, eager, name):
+    """In fp64, with room for how much a deep network amplifies a rounding."""
+    if eager is None or not eager.is_floating_point():
+        assert fused is eager or torch.equal(fused, eager), name
+        return
+    scale = eager.abs().max().item() + 1e-6
+    bar = 1e-8 if eager.dtype == torch.float64 else 1e-2
+    assert (fused - eager).abs().max().item() <= bar * scale, name
+
+
+@pytest.mark.parametrize("library, name", list(networks()))
+def test_a_network_is_fused_or_skipped_and_equal_to_itself(library, name):
+    model = build(library, name)
+    report = fusedres.fuse(model)
+    assert report.rows, "no block was recognised"
+    assert all(row.reason for row in report.skipped)
+    if library == "torchvision" or type(model).__module__ == "timm.models.resnet":
+        assert {row.code for row in report.skipped} <= ({Code.NORM} if name.endswith("_gn") else set()), str(report)
+    if not report.fused:
+        return
+    randomise(model)
+    small = sum(parameter.numel() for parameter in model.parameters()) < LARGE
+    model = model.double() if small else model
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64 if small else torch.float32)
+    modes = (True, False) if small else (False,)
+    fused = [step(model, x, training) for training in modes]
+    fusedres.unfuse(model)
+    for training, found in zip(modes, fused, strict=True):
+        for tensor, expected in step(model, x, training).items():
+            assert_close(found[tensor], expected, f"{tensor}, training={training}")
+
+
+def test_the_sample_is_of_these_networks():
+    assert {(library, name) for library, names in SAMPLE.items() for name in names} <= set(NAMES)
