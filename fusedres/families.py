@@ -149,7 +149,7 @@ def register_family(block: str | type[nn.Module], name: str | None = None) -> Ca
     >>> import fusedres
     >>> print(fusedres.fuse(torch.nn.Sequential(Block(4))))
     block  family  status  what
-    0      mine    fused   norm+add+act
+    0      mine    fused   norm+add+relu
     1 fused
     """
     key = block if isinstance(block, str) else _qualified_name(block)

@@ -13,6 +13,13 @@ ROOT = Path(fusedres.__file__).parent
 # From the top down; a module imports from its own layer and from lower ones only.
 LAYERS = (
     {"__main__", "numerics", "testing"},
+    {"verification"},
+    {"fusion"},
+    {"eligibility", "families"},
+    {"chains", "proof"},
+    {"tracing"},
+    {"swap"},
+    {"report"},
     {"blocks", "explanation", "models"},
     {"residual"},
     {"gates", "ops"},
