@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx, nn
 
 from fusedres.epilogue import IDENTITY, of_module
-from fusedres.residual import Host, Residual, Stage, is_batch_norm
+from fusedres.modules import is_batch_norm
+from fusedres.residual import Host, Residual, Stage
 from fusedres.swap import Call, Runs
 from fusedres.tracing import Trace, UnprovenError
 

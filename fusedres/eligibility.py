@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fusedres import swap
+from fusedres.modules import is_batch_norm, is_hooked
 from fusedres.report import Code, Objection
-from fusedres.residual import Residual, is_batch_norm, is_hooked
+from fusedres.residual import Residual
 from fusedres.residual import objection as residual_objection
 from fusedres.swap import Description
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from fusedres import chains
+from fusedres.modules import is_batch_norm
 from fusedres.proof import prove
 from fusedres.report import Code, Objection
-from fusedres.residual import Host, Residual, Stage, is_batch_norm
+from fusedres.residual import Host, Residual, Stage
 from fusedres.swap import Description
 
 Describe = Callable[[nn.Module], Residual | Objection]

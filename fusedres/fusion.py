@@ -12,8 +12,9 @@ from torch import nn
 from fusedres import eligibility, families, gates, swap
 from fusedres.blocks.block import Block
 from fusedres.epilogue import IDENTITY, Activation, of_module
+from fusedres.modules import is_batch_norm
 from fusedres.report import Code, Objection, Report, Row
-from fusedres.residual import Residual, is_batch_norm
+from fusedres.residual import Residual
 from fusedres.swap import Description, Fused, Runs
 
 Pattern = str | type[nn.Module]

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fusedres.epilogue import CATALOGUE, IDENTITY, Activation, find, of_module
+from fusedres.modules import is_batch_norm
 from fusedres.report import Code, Objection
-from fusedres.residual import Host, Residual, Stage, is_batch_norm
+from fusedres.residual import Host, Residual, Stage
 from fusedres.tracing import Trace, UnprovenError
 
 

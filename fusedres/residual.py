@@ -19,8 +19,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from fusedres import dispatch, gates, ops
-from fusedres.backends import Norm
 from fusedres.epilogue import IDENTITY, Activation, of_module
+from fusedres.modules import count_batch, dtypes_fit, is_hooked, norm_objection, norm_of
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def _ambient_objection(x: Tensor) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "a functorch transform is active"
     if torch.compiler.is_compiling():
-        return "the model is being exported" if torch.compiler.is_exporting() else None
+        # The flag itself: torch 2.11 traces is_exporting() as true under any torch.compile.
+        return "the model is being exported" if torch.compiler._is_exporting_flag else None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is running"
     if forward_ad._current_level >= 0:
@@ -151,42 +152,6 @@ def _child(block: nn.Module, path: str) -> nn.Module | None:
     for name in path.split("."):
         child = None if child is None else child._modules.get(name)
     return child
-
-
-def is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _norm_objection(path: str, module: nn.Module | None) -> str | None:
-    """Why a norm can't be taken apart; it is eager's to call then."""
-    if module is None:
-        return f"it has no child {path!r}"
-    cls = type(module)
-    if cls is nn.SyncBatchNorm:
-        if module.training and torch.distributed.is_available() and torch.distributed.is_initialized():
-            return f"{path} synchronises its statistics"
-    elif cls is not nn.BatchNorm2d and not _is_frozen(cls):
-        return f"{path} is a {cls.__name__}"
-    return f"{path} has hooks or a patched forward" if is_hooked(module) else None
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Whether the executor can take the module apart as a batch norm."""
-    cls = type(module)
-    return cls is nn.BatchNorm2d or cls is nn.SyncBatchNorm or _is_frozen(cls)
-
-
-def _is_frozen(cls: type) -> bool:
-    return cls.__name__ == "FrozenBatchNorm2d" and cls.__module__ in (
-        "torchvision.ops.misc",
-        "detectron2.layers.batch_norm",
-    )
 
 
 def _active(block: nn.Module, paths: tuple[str, ...]) -> list[nn.Module]:
@@ -219,14 +184,17 @@ def _resolve(block: nn.Module, residual: Residual) -> _Parts | str:
     if reason is not None:
         return reason
     spans = []
+    acts: dict[str | Activation | None, nn.Module | Activation | str] = {None: IDENTITY}  # one child may act often
     for stage in residual.stages:
         conv, norm = _child(block, stage.conv), _child(block, stage.norm)
         if conv is None:
             return f"it has no child {stage.conv!r}"
-        reason = _norm_objection(stage.norm, norm)
+        reason = norm_objection(stage.norm, norm)
         if reason is not None:
             return reason
-        act = _activation(block, stage.act)
+        act = acts.get(stage.act)
+        if act is None:
+            act = acts[stage.act] = _activation(block, stage.act)
         if isinstance(act, str):
             return act
         before, after = stage.before_act, stage.after_act
@@ -239,7 +207,7 @@ def _resolve(block: nn.Module, residual: Residual) -> _Parts | str:
                 _active(block, after) if after else [],
             )
         )
-    act = _activation(block, residual.act)
+    act = acts.get(residual.act) or _activation(block, residual.act)
     if isinstance(act, str):
         return act
     projection = _projection(block, residual.shortcut)
@@ -304,7 +272,7 @@ def _projection(
         if len(children) < len(found):
             return f"it has not all of {', '.join(shortcut)}"
         last = shortcut[-1]
-    if len(children) > 1 and _norm_objection(last, children[-1]) is None:
+    if len(children) > 1 and norm_objection(last, children[-1]) is None:
         return children[:-1], children[-1]
     if is_hooked(children[-1]):
         return f"{last} has hooks or a patched forward"
@@ -355,7 +323,7 @@ def _run_between(
 ) -> tuple[Tensor, nn.Module | None, Tensor | None]:
     """What stands between the last norm and the addition: (branch, norm still to be applied, gate)."""
     gate: Tensor | None = None
-    if norm is not None and not _dtypes_fit(z, norm):
+    if norm is not None and not dtypes_fit(z, norm):
         z, norm = norm(z), None  # first: a random factor is drawn in the branch's dtype
     for child in between:
         row = None if is_hooked(child) else gates.of_module(child)
@@ -407,9 +375,9 @@ def bn_act(
     gate: Tensor | None = None,
 ) -> Tensor:
     """The op on modules: their parameters, buffers and counters as `nn.BatchNorm2d.forward` uses them."""
-    if norm is not None and not _dtypes_fit(x, norm):
+    if norm is not None and not dtypes_fit(x, norm):
         x, norm = norm(x), None
-    if residual_norm is not None and residual is not None and not _dtypes_fit(residual, residual_norm):
+    if residual_norm is not None and residual is not None and not dtypes_fit(residual, residual_norm):
         residual, residual_norm = residual_norm(residual), None
     row = act if isinstance(act, Activation) else IDENTITY
     if norm is None and residual_norm is None:
@@ -418,54 +386,14 @@ def bn_act(
         y = ops.affine_act(x, residual=residual, gate=gate, act=row)
     else:
         # Before the op, as eager does: a checkpoint's second forward ends where the op has saved its tensors.
-        _count_batch(norm)
-        _count_batch(residual_norm)
+        count_batch(norm)
+        count_batch(residual_norm)
         y = ops.bn_act(
             x,
-            None if norm is None else _norm(norm),
+            None if norm is None else norm_of(norm),
             residual=residual,
-            residual_norm=None if residual_norm is None else _norm(residual_norm),
+            residual_norm=None if residual_norm is None else norm_of(residual_norm),
             gate=gate,
             act=row,
         )
     return y if isinstance(act, Activation) else act(y)
-
-
-def _count_batch(norm: Any) -> None:
-    if norm is not None and _counts(norm):
-        norm.num_batches_tracked.add_(1)
-
-
-def _counts(norm: Any) -> bool:
-    """Whether this call is one of the batches that num_batches_tracked counts."""
-    if not norm.training or _is_frozen(type(norm)):
-        return False
-    return norm.track_running_stats and norm.num_batches_tracked is not None
-
-
-def _dtypes_fit(x: Tensor, norm: Any) -> bool:
-    """Whether the norm's result has x's dtype: half activations with fp32 parameters do, but for a frozen norm."""
-    weight = norm.weight
-    if weight is None or weight.dtype == x.dtype:
-        return True
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return half and weight.dtype == torch.float32 and not _is_frozen(type(norm))
-
-
-def _norm(module: Any) -> Norm:
-    if _is_frozen(type(module)):
-        return Norm(module.weight, module.bias, module.running_mean, module.running_var, eps=module.eps)
-    mean, var, training = module.running_mean, module.running_var, module.training
-    tracks = not training or module.track_running_stats
-    momentum = module.momentum
-    if momentum is None:
-        momentum = 1.0 / float(module.num_batches_tracked) if _counts(module) else 0.0
-    return Norm(
-        module.weight,
-        module.bias,
-        mean if tracks else None,
-        var if tracks else None,
-        training or (mean is None and var is None),
-        momentum,
-        module.eps,
-    )

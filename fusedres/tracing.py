@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fusedres import swap
-from fusedres.residual import is_batch_norm
+from fusedres.modules import is_batch_norm
 
 
 class UnprovenError(Exception):

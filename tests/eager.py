@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from statistics import mean
+from statistics import median
 
 import pytest
 import torch
@@ -171,7 +171,11 @@ def assert_as_accurate_as_eager(
     seeds: int = 6,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
-    """In a lower precision: eager's dtypes and strides, and, over all seeds, as near to fp64 as eager."""
+    """In a lower precision: eager's dtypes and strides, and, over all seeds, as near to fp64 as eager.
+
+    By the median: a ReLU whose input rounds to the other side of zero costs one seed most of its gradient, ours or
+    eager's by luck.
+    """
     ratios: dict[str, list[float]] = {}
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -196,10 +200,10 @@ def assert_as_accurate_as_eager(
                 ratios.setdefault(name, []).append(math.log(error / eagers))
     if ratios:
         everything = [ratio for of_one in ratios.values() for ratio in of_one]
-        times = math.exp(mean(everything))
+        times = math.exp(median(everything))
         assert times <= 1.1, f"errors are {times:.2f} times eager's"
         for name, of_one in ratios.items():
-            assert mean(of_one) <= math.log(2), f"{name}: errors are {math.exp(mean(of_one)):.2f} times eager's"
+            assert median(of_one) <= math.log(2), f"{name}: errors are {math.exp(median(of_one)):.2f} times eager's"
 
 
 def _error(actual: Tensor, truth: Tensor) -> float:

@@ -22,7 +22,7 @@ LAYERS = (
     {"report"},
     {"blocks", "explanation", "models"},
     {"residual"},
-    {"gates", "ops"},
+    {"gates", "modules", "ops"},
     {"dispatch"},
     {"backends"},
     {"native_sources"},
