@@ -219,6 +219,7 @@ def _build_once(target: Target, chosen: Compiler, wanted: Key, entry: Path) -> L
 
 def _build_into(target: Target, into: Path) -> Path:
     chosen = compiler.find()
+    into = into.absolute()  # the compiler runs in a directory of its own
     into.mkdir(parents=True, exist_ok=True)
     with cache.temporary(into) as temporary:
         folder = _make_entry(target, chosen, key(target, chosen), temporary)

@@ -140,6 +140,14 @@ def test_a_library_built_ahead_comes_first(stub: Target, home: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == ["manifest.json", "stub.so"]
 
 
+def test_a_relative_folder_to_build_into_is_the_callers(
+    stub: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build.build(stub, Path("ahead"))
+    assert (tmp_path / "ahead" / "stub" / "stub.so").exists()
+
+
 def test_a_library_built_ahead_from_other_sources_is_passed_over(stub: Target) -> None:
     build.build(stub, build.PREBUILT)
     (stub.root / "answer.cpp").write_text(ANSWER.replace("42", "43"))
