@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-full test-oldest lint format package bench errors coverage clean
+.PHONY: help venv demo test test-full test-oldest lint format package bench measured errors coverage clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,9 @@ package: $(VENV)/runtime.stamp  ## build the wheel as a machine without torch or
 
 bench: $(VENV)/dev.stamp  ## time the ops and blocks on the CPU; for a GPU see benchmarks/gpu.py
 	$(if $(BENCHMARKS),$(BIN)/python -m pytest $(BENCHMARKS) $(ARGS),@echo "no CPU benchmark yet; on a GPU: python benchmarks/gpu.py --out DIR")
+
+measured: $(VENV)/dev.stamp  ## regenerate docs/measured.md from benchmarks/results
+	$(BIN)/python benchmarks/measured.py docs/measured.md
 
 errors: $(VENV)/dev.stamp  ## regenerate docs/errors.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/errors.py docs/errors.md
