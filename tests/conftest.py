@@ -1,6 +1,7 @@
 """What every test runs under: one thread, a fixed seed, poisoned empties, and the backends by name."""
 
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -65,12 +66,13 @@ def kernel_backend(request):
 
 @pytest.fixture
 def native(device):
-    """Only where the compiled CPU kernels serve."""
+    """Only where the compiled CPU kernels can serve; where there is a compiler, they have to."""
     if device != "cpu":
         pytest.skip("the native kernels serve CPU tensors")
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("the native kernels need Linux and g++")
     found = build.library(NATIVE)
-    if isinstance(found, build.Unavailable):
-        pytest.skip(found.reason)
+    assert isinstance(found, build.Library), found.reason
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def test_key_covers_what_the_binary_depends_on(stub: Target, monkeypatch: pytest
     changed(replace(stub, flags=("-O2",)))
     changed(replace(stub, sources=(Source("answer.cpp", ("-O2",)),)))
     changed(stub, replace(gcc, version="g++ 99"))
-    changed(stub, replace(gcc, argv=("/opt/g++",)))
+    changed(stub, replace(gcc, argv=("/elsewhere/g++",)))
     changed(replace(stub, links_torch=True))
     monkeypatch.setattr(target, "_torch", lambda: target._Torch(tmp_path, "9.9"))
     changed(replace(stub, links_torch=True))
