@@ -10,6 +10,7 @@ from fusedres.dispatch import use_backend
 from fusedres.explanation import explain
 from fusedres.families import register_family
 from fusedres.fusion import fuse, unfuse
+from fusedres.memory import set_memory
 from fusedres.verification import verify
 
 if _os.environ.get("FUSEDRES_BACKEND"):
@@ -24,6 +25,7 @@ __all__ = [
     "models",
     "ops",
     "register_family",
+    "set_memory",
     "unfuse",
     "use_backend",
     "verify",

@@ -74,6 +74,11 @@ def choose(request: Request) -> Backend:
         return _first(request)
     if recorder is not None:
         recorder.add(request)
+    return serving(request)
+
+
+def serving(request: Request) -> Backend:
+    """The backend that `choose` would return, nothing being recorded; not for tracing."""
     found = _chosen.get(request)
     if found is None:
         found = _chosen[request] = _first(request)

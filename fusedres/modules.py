@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fusedres.backends import Norm
 
@@ -49,12 +49,12 @@ def norm_objection(path: str, module: nn.Module | None) -> str | None:
     return f"{path} has hooks or a patched forward" if is_hooked(module) else None
 
 
-def dtypes_fit(x: Tensor, norm: Any) -> bool:
-    """Whether the norm's result has x's dtype: half activations with fp32 parameters do, but for a frozen norm."""
+def dtypes_fit(dtype: torch.dtype, norm: Any) -> bool:
+    """Whether the norm keeps the dtype: it does half activations with fp32 parameters, unless it is frozen."""
     weight = norm.weight
-    if weight is None or weight.dtype == x.dtype:
+    if weight is None or weight.dtype == dtype:
         return True
-    return x.dtype in _HALF and weight.dtype == torch.float32 and not _is_frozen(type(norm))
+    return dtype in _HALF and weight.dtype == torch.float32 and not _is_frozen(type(norm))
 
 
 def count_batch(norm: Any) -> None:

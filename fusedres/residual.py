@@ -1,26 +1,27 @@
-"""What a residual block is, and the one executor that runs every block of every family.
+"""What a residual block is, and whether a call of one can be fused.
 
 A `Residual` names the children of a block that make up
 
     y = act(gate * norm(conv(... act(norm(conv(x))))) + shortcut(x))
 
-and `run` computes it with the fused ops. Wherever the formula does not apply, the block's own eager path is taken.
+and `run` has `fusedres.executor` compute it. Wherever the formula does not apply, the block's own eager path is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
-from fusedres import dispatch, gates, ops
+from fusedres import dispatch
 from fusedres.epilogue import IDENTITY, Activation, of_module
-from fusedres.modules import count_batch, dtypes_fit, is_hooked, norm_objection, norm_of
+from fusedres.executor import Parts, Span, execute
+from fusedres.memory import of_block
+from fusedres.modules import is_hooked, norm_objection
 
 
 @dataclass(frozen=True)
@@ -97,29 +98,9 @@ def run(block: nn.Module, residual: Residual, x: Tensor, eager: Callable[[Tensor
     """The block's output: fused, or by `eager` wherever the formula does not apply to this call."""
     parts = _ambient_objection(x) or _resolve(block, residual)
     if dispatch.recorder is None:
-        return eager(x) if isinstance(parts, str) else _execute(block, residual, parts, x)
+        return eager(x) if isinstance(parts, str) else execute(parts, x)
     with dispatch.recorder.inside(block, parts if isinstance(parts, str) else None):
-        return eager(x) if isinstance(parts, str) else _execute(block, residual, parts, x)
-
-
-class _Span(NamedTuple):
-    """A stage's children, resolved for one call."""
-
-    conv: nn.Module
-    norm: nn.Module
-    before_act: list[nn.Module]
-    act: nn.Module | Activation
-    after_act: list[nn.Module]
-
-
-class _Parts(NamedTuple):
-    """A block's children, resolved for one call."""
-
-    spans: list[_Span]
-    before_shortcut_norm: list[nn.Module]
-    shortcut_norm: nn.Module | None
-    between: list[nn.Module]
-    act: nn.Module | Activation
+        return eager(x) if isinstance(parts, str) else execute(parts, x)
 
 
 def _ambient_objection(x: Tensor) -> str | None:
@@ -178,7 +159,7 @@ def _activation(block: nn.Module, act: str | Activation | None) -> nn.Module | A
     return of_module(child) or child
 
 
-def _resolve(block: nn.Module, residual: Residual) -> _Parts | str:
+def _resolve(block: nn.Module, residual: Residual) -> Parts | str:
     """The children that this call runs, or why it takes the eager path."""
     reason = hosts_objection(block, residual.hosts)
     if reason is not None:
@@ -199,7 +180,7 @@ def _resolve(block: nn.Module, residual: Residual) -> _Parts | str:
             return act
         before, after = stage.before_act, stage.after_act
         spans.append(
-            _Span(
+            Span(
                 conv,
                 norm,  # pyright: ignore[reportArgumentType]  # None is an objection
                 _active(block, before) if before else [],
@@ -216,8 +197,17 @@ def _resolve(block: nn.Module, residual: Residual) -> _Parts | str:
     before_norm, shortcut_norm = projection
     if shortcut_norm is not None and shortcut_norm is spans[-1].norm:
         return "the shortcut's norm is the branch's too"
-    between = _active(block, residual.between) if residual.between else []
-    return _Parts(spans, before_norm, shortcut_norm, between, act)
+    return Parts(
+        spans,
+        residual.shortcut is not None,
+        before_norm,
+        shortcut_norm,
+        _active(block, residual.between) if residual.between else [],
+        None if residual.gate is None else getattr(block, residual.gate),
+        residual.adds_in_place,
+        act,
+        of_block(block),
+    )
 
 
 def hosts_objection(block: nn.Module, hosts: tuple[Host, ...]) -> str | None:
@@ -277,123 +267,3 @@ def _projection(
     if is_hooked(children[-1]):
         return f"{last} has hooks or a patched forward"
     return children, None
-
-
-def _execute(block: nn.Module, residual: Residual, parts: _Parts, x: Tensor) -> Tensor:
-    *inner, last = parts.spans
-    z = x
-    for span in inner:
-        z = _run_stage(span, z)
-    if residual.shortcut is None:
-        return _run_stage(last, z)
-
-    z, norm = last.conv(z), last.norm
-    z, norm, gate = _run_between(block, residual, parts.between, z, norm)
-    shortcut = x
-    for child in parts.before_shortcut_norm:
-        shortcut = child(shortcut)
-    if shortcut.shape != z.shape or (shortcut.dtype != z.dtype and not residual.adds_in_place):
-        # eager's own broadcasting, promotion or error
-        z = bn_act(z, norm, IDENTITY, gate=gate)
-        shortcut = bn_act(shortcut, parts.shortcut_norm, IDENTITY)
-        if residual.adds_in_place:
-            z += shortcut
-        else:
-            z = z + shortcut
-        return _activate(z, parts.act)
-    return bn_act(z, norm, parts.act, residual=shortcut, residual_norm=parts.shortcut_norm, gate=gate)
-
-
-def _run_stage(span: _Span, x: Tensor) -> Tensor:
-    z = span.conv(x)
-    if span.before_act:
-        z = bn_act(z, span.norm, IDENTITY)
-        for child in span.before_act:
-            z = child(z)
-        z = _activate(z, span.act)
-    else:
-        z = bn_act(z, span.norm, span.act)
-    for child in span.after_act:
-        z = child(z)
-    return z
-
-
-def _run_between(
-    block: nn.Module, residual: Residual, between: list[nn.Module], z: Tensor, norm: nn.Module | None
-) -> tuple[Tensor, nn.Module | None, Tensor | None]:
-    """What stands between the last norm and the addition: (branch, norm still to be applied, gate)."""
-    gate: Tensor | None = None
-    if norm is not None and not dtypes_fit(z, norm):
-        z, norm = norm(z), None  # first: a random factor is drawn in the branch's dtype
-    for child in between:
-        row = None if is_hooked(child) else gates.of_module(child)
-        if row is None or row.reads:
-            z, norm, gate = bn_act(z, norm, IDENTITY, gate=gate), None, None
-        if row is None:
-            z = child(z)
-            continue
-        z, norm, gate = _multiply(z, norm, gate, row.factor(child, z))
-    if residual.gate is not None:
-        value: Any = getattr(block, residual.gate)
-        if isinstance(value, Tensor) and value.dim():
-            factor = value.reshape(1, -1, 1, 1) if value.dim() == 1 else value
-            return _multiply(z, norm, gate, factor)
-        factor = _scalar(value, z)
-        gate = factor if gate is None else gate * factor
-    return z, norm, gate
-
-
-def _multiply(
-    z: Tensor, norm: nn.Module | None, gate: Tensor | None, factor: Tensor | None
-) -> tuple[Tensor, nn.Module | None, Tensor | None]:
-    """Fold a factor into the gate; one of another dtype than the branch promotes it, which is eager's to do."""
-    if factor is None:
-        return z, norm, gate
-    if factor.dtype != z.dtype or factor.shape[2:] != (1, 1):
-        return bn_act(z, norm, IDENTITY, gate=gate) * factor, None, None
-    return z, norm, factor if gate is None else gate * factor
-
-
-def _scalar(value: Tensor | float, z: Tensor) -> Tensor:
-    """A number, or a tensor without dimensions, as a gate: neither promotes the branch, nor is it rounded to it."""
-    if isinstance(value, Tensor):
-        return value.reshape(1, 1, 1, 1)
-    return z.new_full((1, 1, 1, 1), value, dtype=torch.promote_types(z.dtype, torch.float32))
-
-
-def _activate(z: Tensor, act: nn.Module | Activation) -> Tensor:
-    return act.formula(z) if isinstance(act, Activation) else act(z)
-
-
-def bn_act(
-    x: Tensor,
-    norm: nn.Module | None,
-    act: nn.Module | Activation,
-    *,
-    residual: Tensor | None = None,
-    residual_norm: nn.Module | None = None,
-    gate: Tensor | None = None,
-) -> Tensor:
-    """The op on modules: their parameters, buffers and counters as `nn.BatchNorm2d.forward` uses them."""
-    if norm is not None and not dtypes_fit(x, norm):
-        x, norm = norm(x), None
-    if residual_norm is not None and residual is not None and not dtypes_fit(residual, residual_norm):
-        residual, residual_norm = residual_norm(residual), None
-    row = act if isinstance(act, Activation) else IDENTITY
-    if norm is None and residual_norm is None:
-        if residual is None and gate is None:
-            return _activate(x, act)
-        y = ops.affine_act(x, residual=residual, gate=gate, act=row)
-    else:
-        # Before the op, as eager does: a checkpoint's second forward ends where the op has saved its tensors.
-        count_batch(norm)
-        count_batch(residual_norm)
-        y = ops.bn_act(
-            x,
-            None if norm is None else norm_of(norm),
-            residual=residual,
-            residual_norm=None if residual_norm is None else norm_of(residual_norm),
-            gate=gate,
-            act=row,
-        )
-    return y if isinstance(act, Activation) else act(y)

@@ -45,7 +45,7 @@ def bn_act(
     contract.check_tensors(x, residual, gate)
     contract.check_norm(x, "norm", norm, x)
     contract.check_norm(x, "residual_norm", residual_norm, residual)
-    sources = _statistics(norm), _statistics(residual_norm)
+    sources = statistics_of(norm), statistics_of(residual_norm)
     request = contract.request(
         "bn_act", x, residual, gate, activation, contract.parameter_dtype(norm, residual_norm), *sources
     )
@@ -65,7 +65,8 @@ def bn_act(
 _ABSENT = Norm()
 
 
-def _statistics(norm: Norm | None) -> int:
+def statistics_of(norm: Norm | None) -> int:
+    """Where a norm's statistics come from, as the schemas have it."""
     if norm is None:
         return Statistics.ABSENT.value
     return (Statistics.BATCH if norm.training else Statistics.RUNNING).value
@@ -139,17 +140,18 @@ def _backward_again(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | No
 
     def formula(x, weight, bias, residual, weight_r, bias_r, gate):
         if residual is not None:
-            residual = _normalise_again(residual, weight_r, bias_r, stats_r, source_r, eps_r)
-        branch = _normalise_again(x, weight, bias, stats, source, eps)
+            residual = normalise_again(residual, weight_r, bias_r, stats_r, source_r, eps_r)
+        branch = normalise_again(x, weight, bias, stats, source, eps)
         z = reference.join(branch, residual, gate, owned=False)
         return gradients.apply_slope(z, slope) if activation.from_output else activation.formula(z)
 
     return gradients.differentiable(formula, (x, weight, bias, residual, weight_r, bias_r, gate), needs, dy)
 
 
-def _normalise_again(
+def normalise_again(
     t: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, source: int, eps: float
 ) -> Tensor:
+    """The norm in ordinary operations; running statistics stay where they are."""
     if source == Statistics.ABSENT:
         return t
     if source == Statistics.BATCH:

@@ -52,6 +52,7 @@ class Kernels:
         library.define(f"{name}_backward({spec.backward_arguments}, bool[7] needs) -> ({gradients})")
 
         operators = getattr(torch.ops, namespace)
+        self.backend = backend
         self.function = spec.function
         self.op = getattr(operators, name).default
         self.forward = getattr(operators, f"{name}_forward").default

@@ -1,0 +1,206 @@
+"""The one executor: runs every block of every family, in segments where it can and op by op elsewhere."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedres import gates, ops, segment
+from fusedres.epilogue import IDENTITY, Activation
+from fusedres.memory import Memory
+from fusedres.modules import count_batch, dtypes_fit, is_hooked, norm_of
+
+
+class Span(NamedTuple):
+    """A stage's children, resolved for one call."""
+
+    conv: nn.Module
+    norm: nn.Module
+    before_act: list[nn.Module]
+    act: nn.Module | Activation
+    after_act: list[nn.Module]
+
+
+class Parts(NamedTuple):
+    """A block resolved for one call; see `residual.Residual`."""
+
+    spans: list[Span]
+    joins: bool  # whether a shortcut is added
+    before_shortcut_norm: list[nn.Module]
+    shortcut_norm: nn.Module | None
+    between: list[nn.Module]
+    gate: Tensor | float | None
+    adds_in_place: bool
+    act: nn.Module | Activation
+    memory: Memory
+
+
+def execute(parts: Parts, x: Tensor) -> Tensor:
+    """The block's output."""
+    if not parts.joins:
+        return _run_stages(parts.spans, x, parts.memory)
+    shortcut, children = x, parts.before_shortcut_norm
+    if segment.is_possible(x) and _is_segment(parts):
+        y, shortcut, children = _run_segment(parts, x)
+        if y is not None:
+            return y
+    *inner, last = parts.spans
+    z, norm = last.conv(_run_stages(inner, x, parts.memory)), last.norm
+    z, norm, gate = _run_between(parts, z, norm)
+    for child in children:
+        shortcut = child(shortcut)
+    if shortcut.shape != z.shape or (shortcut.dtype != z.dtype and not parts.adds_in_place):
+        # eager's own broadcasting, promotion or error
+        z = bn_act(z, norm, IDENTITY, gate=gate)
+        shortcut = bn_act(shortcut, parts.shortcut_norm, IDENTITY)
+        if parts.adds_in_place:
+            z += shortcut
+        else:
+            z = z + shortcut
+        return _activate(z, parts.act)
+    return bn_act(z, norm, parts.act, residual=shortcut, residual_norm=parts.shortcut_norm, gate=gate)
+
+
+def _is_segment(parts: Parts) -> bool:
+    """Whether the block is nothing but a chain of links and a shortcut."""
+    if parts.between or parts.gate is not None or not isinstance(parts.act, Activation):
+        return False
+    if parts.shortcut_norm is not None and not segment.is_bare(parts.before_shortcut_norm[-1]):
+        return False
+    return all(map(_is_link, parts.spans))
+
+
+def _run_segment(parts: Parts, x: Tensor) -> tuple[Tensor | None, Tensor, list[nn.Module]]:
+    """The block as one segment: its output; or None, how far the shortcut is, and which of its children are left."""
+    *inner, last = parts.spans
+    links = [segment.Link(span.conv, span.norm, span.act) for span in inner]
+    links.append(segment.Link(last.conv, last.norm, parts.act))
+    shortcut, children, projection = x, parts.before_shortcut_norm, None
+    if parts.shortcut_norm is not None:
+        *children, conv = children
+        projection = segment.Link(conv, parts.shortcut_norm, IDENTITY)
+    for child in children:
+        shortcut = child(shortcut)
+    y = segment.run(x, links, segment.End(shortcut, projection), parts.memory)
+    return y, shortcut, [] if projection is None else [projection.conv]
+
+
+def _is_link(span: Span) -> bool:
+    """Whether a stage is nothing but conv -> norm -> act."""
+    return (
+        segment.is_bare(span.conv) and isinstance(span.act, Activation) and not span.before_act and not span.after_act
+    )
+
+
+def _run_stages(spans: list[Span], x: Tensor, memory: Memory) -> Tensor:
+    """One stage after the other, in segments as long as they can be."""
+    z, possible = x, segment.is_possible(x)
+    while spans:
+        links = []
+        for span in spans if possible else ():
+            if not _is_link(span):
+                break
+            links.append(segment.Link(span.conv, span.norm, span.act))
+        y = segment.run(z, links, None, memory) if links else None
+        count = max(len(links), 1)
+        if y is None:
+            y = z
+            for span in spans[:count]:
+                y = _run_stage(span, y)
+        z, spans = y, spans[count:]
+    return z
+
+
+def _run_stage(span: Span, x: Tensor) -> Tensor:
+    z = span.conv(x)
+    if span.before_act:
+        z = bn_act(z, span.norm, IDENTITY)
+        for child in span.before_act:
+            z = child(z)
+        z = _activate(z, span.act)
+    else:
+        z = bn_act(z, span.norm, span.act)
+    for child in span.after_act:
+        z = child(z)
+    return z
+
+
+def _run_between(parts: Parts, z: Tensor, norm: nn.Module | None) -> tuple[Tensor, nn.Module | None, Tensor | None]:
+    """What stands between the last norm and the addition: (branch, norm still to be applied, gate)."""
+    gate: Tensor | None = None
+    if norm is not None and not dtypes_fit(z.dtype, norm):
+        z, norm = norm(z), None  # first: a random factor is drawn in the branch's dtype
+    for child in parts.between:
+        row = None if is_hooked(child) else gates.of_module(child)
+        if row is None or row.reads:
+            z, norm, gate = bn_act(z, norm, IDENTITY, gate=gate), None, None
+        if row is None:
+            z = child(z)
+            continue
+        z, norm, gate = _multiply(z, norm, gate, row.factor(child, z))
+    if parts.gate is not None:
+        value = parts.gate
+        if isinstance(value, Tensor) and value.dim():
+            factor = value.reshape(1, -1, 1, 1) if value.dim() == 1 else value
+            return _multiply(z, norm, gate, factor)
+        factor = _scalar(value, z)
+        gate = factor if gate is None else gate * factor
+    return z, norm, gate
+
+
+def _multiply(
+    z: Tensor, norm: nn.Module | None, gate: Tensor | None, factor: Tensor | None
+) -> tuple[Tensor, nn.Module | None, Tensor | None]:
+    """Fold a factor into the gate; one of another dtype than the branch promotes it, which is eager's to do."""
+    if factor is None:
+        return z, norm, gate
+    if factor.dtype != z.dtype or factor.shape[2:] != (1, 1):
+        return bn_act(z, norm, IDENTITY, gate=gate) * factor, None, None
+    return z, norm, factor if gate is None else gate * factor
+
+
+def _scalar(value: Tensor | float, z: Tensor) -> Tensor:
+    """A number, or a tensor without dimensions, as a gate: neither promotes the branch, nor is it rounded to it."""
+    if isinstance(value, Tensor):
+        return value.reshape(1, 1, 1, 1)
+    return z.new_full((1, 1, 1, 1), value, dtype=torch.promote_types(z.dtype, torch.float32))
+
+
+def _activate(z: Tensor, act: nn.Module | Activation) -> Tensor:
+    return act.formula(z) if isinstance(act, Activation) else act(z)
+
+
+def bn_act(
+    x: Tensor,
+    norm: nn.Module | None,
+    act: nn.Module | Activation,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: nn.Module | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """The op on modules: their parameters, buffers and counters as `nn.BatchNorm2d.forward` uses them."""
+    if norm is not None and not dtypes_fit(x.dtype, norm):
+        x, norm = norm(x), None
+    if residual_norm is not None and residual is not None and not dtypes_fit(residual.dtype, residual_norm):
+        residual, residual_norm = residual_norm(residual), None
+    row = act if isinstance(act, Activation) else IDENTITY
+    if norm is None and residual_norm is None:
+        if residual is None and gate is None:
+            return _activate(x, act)
+        y = ops.affine_act(x, residual=residual, gate=gate, act=row)
+    else:
+        # Before the op, as eager does: a checkpoint's second forward ends where the op has saved its tensors.
+        count_batch(norm)
+        count_batch(residual_norm)
+        y = ops.bn_act(
+            x,
+            None if norm is None else norm_of(norm),
+            residual=residual,
+            residual_norm=None if residual_norm is None else norm_of(residual_norm),
+            gate=gate,
+            act=row,
+        )
+    return y if isinstance(act, Activation) else act(y)

@@ -1,0 +1,82 @@
+"""Which stages of a block can be one differentiable function in this call, and with what.
+
+    z = act(norm(conv(... act(norm(conv(x))))))       a segment
+    y = act(norm(conv(z)) + x)                        with an identity shortcut at its end
+    y = act(norm(conv(z)) + norm_r(conv_r(x)))        with a projection, both norms in one pass
+
+Where a call can't have that, `fusedres.residual` runs op by op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedres import dispatch
+from fusedres.memory import Memory
+from fusedres.modules import count_batch, dtypes_fit, is_hooked, norm_of
+from fusedres.ops import kernels
+from fusedres.segment.function import SegmentFunction
+from fusedres.segment.plan import Plan, Step
+from fusedres.segment.requests import computing_dtype, requests_of
+
+
+class Link(NamedTuple):
+    """conv -> norm -> act, resolved for one call; the convolution is bare."""
+
+    conv: Any
+    norm: Any
+    act: Any  # an Activation
+
+
+class End(NamedTuple):
+    """What is added before the last activation: the shortcut as it is, or through the projection's conv and norm."""
+
+    shortcut: Tensor
+    projection: Link | None
+
+
+def is_bare(conv: nn.Module) -> bool:
+    """Whether calling the convolution is `torch.convolution` of its parameters and nothing else."""
+    return (
+        type(conv) is nn.Conv2d
+        and not is_hooked(conv)
+        and conv.padding_mode == "zeros"
+        and type(conv.padding) is tuple
+        and type(conv._parameters.get("weight")) in (nn.Parameter, Tensor)
+    )
+
+
+def is_possible(x: Tensor) -> bool:
+    """Whether there is a backward to be had, and autograd that would take the function as it is."""
+    return torch.is_grad_enabled() and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def run(x: Tensor, links: Sequence[Link], end: End | None, memory: Memory) -> Tensor | None:
+    """The segment's output, or None where this call can't have it as one function."""
+    every = links if end is None or end.projection is None else (*links, end.projection)
+    shortcut = None if end is None else end.shortcut
+    dtype, steps = computing_dtype(x), []
+    for conv, norm, act in every:
+        # A cumulative average has to read the counter first; a frozen norm has no momentum at all.
+        if norm.__dict__.get("momentum", 0.0) is None or not dtypes_fit(dtype, norm):
+            return None
+        weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+        steps.append(Step(weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, norm_of(norm), act))
+    requests = requests_of(x, shortcut, dtype, steps, len(links))
+    if requests is None or any(dispatch.serving(request).plain for request in requests):
+        return None
+    operators = [kernels.of(dispatch.choose(request), "bn_act") for request in requests]
+
+    for link in every:
+        count_batch(link.norm)
+    parameters = [t for step in steps for t in (step.weight, step.bias, step.norm.weight, step.norm.bias)]
+    moved = [t for step in steps if step.norm.training for t in step.norm[2:4] if t is not None]
+    projection = steps.pop() if len(every) > len(links) else None
+    plan = Plan(steps, operators, end is not None, projection, dtype, memory)
+    y = SegmentFunction.apply(plan, x, None if shortcut is x else shortcut, *parameters)
+    torch.autograd.graph.increment_version(moved)
+    return y  # pyright: ignore[reportReturnType]

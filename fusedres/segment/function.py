@@ -1,0 +1,125 @@
+"""A segment as one autograd function, of the backends' batch-norm kernels and aten's convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedres.backends import Norm
+from fusedres.epilogue import IDENTITY
+from fusedres.memory import Memory
+from fusedres.ops import gradients, kernels
+from fusedres.ops.bn_act import statistics_of
+from fusedres.segment.backward import Backward, backward_again
+from fusedres.segment.plan import ARGUMENTS, FIRST, Kept, Plan, Step, in_layout_of, is_dropped
+
+
+class SegmentFunction(torch.autograd.Function):
+    """Takes the plan, x, the shortcut where it is another tensor, and each step's parameters, the projection's last."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, x: Tensor, shortcut: Tensor | None, *parameters: Any) -> Tensor:
+        needs, end = ctx.needs_input_grad[1:], len(plan.chain) - 1
+        cast = x.to(plan.dtype)
+        source = cast if shortcut is None else shortcut
+        kept: list[Tensor | None] = []
+        y, mask = cast, kernels.nothing(x)
+        for index, (step, operators) in enumerate(zip(plan.chain, plan.operators, strict=True)):
+            entering, weight = y, step.weight.to(plan.dtype)
+            output = step.convolve(entering, weight, step.bias)
+            if not plan.joins or index < end:
+                y, stats, *_ = _normalise(operators, step, output, None, None)
+                kept += _kept(plan, needs, index, step, weight, entering, output, stats)
+                continue
+            projection, residual, weight_r = plan.projection, source, None
+            if projection is not None:
+                source, weight_r = source.to(plan.dtype), projection.weight.to(plan.dtype)
+                residual = projection.convolve(source, weight_r, projection.bias)
+            y, stats, stats_r, mask = _normalise(operators, step, output, residual, projection)
+            kept += _kept(plan, needs, index, step, weight, entering, output, stats)
+            if projection is not None and weight_r is not None:
+                kept += _kept(plan, needs, index + 1, projection, weight_r, source, residual, stats_r)
+
+        ctx.plan = plan
+        act = plan.chain[-1].act
+        has_mask = mask.numel() > 0
+        ctx.save_for_backward(
+            x if cast is x or needs[0] else None,  # otherwise what it was cast to will do
+            shortcut,
+            None if cast is x else cast,
+            None if source is cast or source is shortcut else source,
+            None if has_mask or act is IDENTITY or not act.from_output else y,
+            mask if has_mask else None,
+            *kept,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        plan, needs = ctx.plan, ctx.needs_input_grad[1:]
+        x, shortcut, cast, source, y, mask, *kept = ctx.saved_tensors
+        x, cast = (cast, cast) if x is None else (x, x if cast is None else cast)
+        links = [Kept(*kept[at : at + len(Kept._fields)]) for at in range(0, len(kept), len(Kept._fields))]
+        arguments = [x, shortcut]
+        for link in links:
+            arguments += link[:ARGUMENTS]
+        if torch.is_grad_enabled():
+            return None, *backward_again(plan, links, arguments, needs, dy)
+        if source is None:
+            source = cast if shortcut is None else shortcut
+        found = Backward(plan, cast, source, shortcut is None, y, mask, links, needs).run(dy)
+        return None, *[
+            None if g is None or t is None else gradients.cast(g, t.dtype)
+            for g, t in zip(found, arguments, strict=True)
+        ]
+
+
+_ABSENT = Norm()
+
+
+def _normalise(
+    operators: kernels.Kernels, step: Step, output: Tensor, residual: Tensor | None, projection: Step | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, stats, stats_r, mask)"""
+    if residual is not None:
+        residual = in_layout_of(output, residual)
+    norm, norm_r = step.norm, None if projection is None else projection.norm
+    weight, bias, mean, var, _, momentum, eps = norm
+    weight_r, bias_r, mean_r, var_r, _, momentum_r, eps_r = norm_r or _ABSENT
+    tensors = (output, weight, bias, mean, var, residual, weight_r, bias_r, mean_r, var_r, None)
+    sources = statistics_of(norm), statistics_of(norm_r)
+    keeps_mask = kernels.keeps_mask(step.act, residual)
+    return operators.forward(*tensors, *sources, momentum, momentum_r, eps, eps_r, step.act.code, keeps_mask)
+
+
+def _kept(
+    plan: Plan,
+    needs: Sequence[bool],
+    index: int,
+    step: Step,
+    weight: Tensor,
+    entering: Tensor,
+    output: Tensor,
+    stats: Tensor,
+) -> list[Tensor | None]:
+    """A step's tensors, without those that nobody wants or the policy computes again."""
+    end = len(plan.chain) - 1
+    again = plan.memory is not Memory.FAST
+    wanted = step.norm.training or needs[FIRST + ARGUMENTS * index + 2] or not plan.chain[-1].act.from_output
+    if index < end:
+        wanted = wanted or again or not step.act.from_output
+    elif is_dropped(plan, weight):
+        wanted = False
+    return [
+        step.weight,
+        step.bias,
+        step.norm.weight,
+        step.norm.bias,
+        None if weight is step.weight else weight,
+        None if again or index in (0, end + 1) else entering,
+        output if wanted else None,
+        stats,
+    ]

@@ -1,0 +1,83 @@
+"""What a segment's function is told, and what it saves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from fusedres import dispatch
+from fusedres.backends import Norm
+from fusedres.epilogue import Activation
+from fusedres.memory import Memory
+from fusedres.ops import kernels
+
+
+class Step(NamedTuple):
+    """One conv -> norm -> act of a call."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    norm: Norm
+    act: Activation
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(weight.dtype)
+        return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
+
+
+class Plan(NamedTuple):
+    """What the function does in one call.
+
+    Args:
+        chain: the steps from x to the output.
+        operators: of their norms.
+        joins: whether a shortcut is added at the chain's end.
+        projection: the step that the shortcut goes through.
+        dtype: what the convolutions compute in.
+        memory: what is kept.
+    """
+
+    chain: list[Step]
+    operators: list[kernels.Kernels]
+    joins: bool
+    projection: Step | None
+    dtype: torch.dtype
+    memory: Memory
+
+
+class Kept(NamedTuple):
+    """What is saved of a step: its arguments, and what came up in the forward."""
+
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    cast_weight: Tensor | None  # in the dtype that was computed in, where that is another
+    entering: Tensor | None  # what was convolved, between two steps
+    output: Tensor | None  # what was normalised
+    stats: Tensor  # (3, C)
+
+    def computed_weight(self) -> Tensor:
+        return self.weight if self.cast_weight is None else self.cast_weight
+
+
+FIRST, ARGUMENTS = 2, 4  # where the steps' arguments begin after x and the shortcut; how many are a step's
+
+
+def in_layout_of(output: Tensor, residual: Tensor) -> Tensor:
+    """A convolution may choose a layout of its own, as aten's fp64 ones on the CPU do."""
+    if residual.stride() == output.stride() or dispatch.layout(residual) == dispatch.layout(output):
+        return residual
+    return residual.contiguous(memory_format=suggest_memory_format(output))
+
+
+def is_dropped(plan: Plan, weight: Tensor) -> bool:
+    """Whether the output of a convolution at the end is computed again rather than kept."""
+    return plan.memory is Memory.MIN and plan.joins and weight.shape[2:] == (1, 1)

@@ -1,0 +1,127 @@
+"""What decides whether steps can be one function, and what serves them: metadata only, so that the answer is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedres import dispatch
+from fusedres.backends import Request
+from fusedres.ops import contract
+from fusedres.ops.bn_act import statistics_of
+from fusedres.segment.plan import Step
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What a convolution of x computes in, and returns."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch._C._is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+# By metadata alone: how a segment's norms are described to the dispatcher, or None where it can't be one function.
+_known: dict[Any, list[Request] | None] = {}
+_MOST_KNOWN = 4096
+
+
+def requests_of(
+    x: Tensor, shortcut: Tensor | None, dtype: torch.dtype, steps: list[Step], length: int
+) -> list[Request] | None:
+    key = (_kind(x), shortcut is x or _kind(shortcut), dtype, length, *map(_kind_of_step, steps))
+    try:
+        return _known[key]
+    except KeyError:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = _describe(x, shortcut, dtype, steps, length)
+        return _known[key]
+
+
+def _kind(t: Tensor | None) -> Any:
+    return None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device)
+
+
+def _kind_of_step(step: Step) -> Any:
+    weight, bias, stride, padding, dilation, _, norm, act = step
+    members = [None if t is None else (t.shape, t.dtype) for t in norm[:4]]
+    return (_kind(weight), bias is None, stride, padding, dilation, act.code, norm.training, norm.eps > 0, *members)
+
+
+def _describe(
+    x: Tensor, shortcut: Tensor | None, dtype: torch.dtype, steps: list[Step], length: int
+) -> list[Request] | None:
+    chain, projection = steps[:length], steps[length:]
+    shape = _shape_after(x, dtype, chain)
+    if shape is None:
+        return None
+    layout = dispatch.layout(x)
+    requests = [_request(x, dtype, layout, step) for step in chain]
+    if shortcut is None:
+        return requests
+    if projection:
+        added, residual = _shape_after(shortcut, dtype, projection), (dtype, dispatch.layout(shortcut))
+    else:
+        added, residual = shortcut.shape, (shortcut.dtype, dispatch.layout(shortcut))
+    # Sums that broadcast or promote are eager's.
+    if added != shape or residual[0] != dtype or type(shortcut) is not Tensor:
+        return None
+    requests[-1] = _request(x, dtype, layout, chain[-1], *residual, *projection)
+    return requests
+
+
+def _request(
+    x: Tensor,
+    dtype: torch.dtype,
+    layout: str,
+    step: Step,
+    residual_dtype: torch.dtype | None = None,
+    residual_layout: str | None = None,
+    projection: Step | None = None,
+) -> Request:
+    norm_r = None if projection is None else projection.norm
+    return Request(
+        "bn_act",
+        x.device.type,
+        dtype,
+        layout,
+        step.act.name,
+        statistics_of(step.norm),
+        contract.parameter_dtype(step.norm, norm_r),
+        residual_dtype,
+        residual_layout,
+        statistics_of(norm_r),
+    )
+
+
+def _shape_after(x: Tensor, dtype: torch.dtype, steps: list[Step]) -> tuple[int, ...] | None:
+    """The shape of what the steps make of x, if the function can compute each of them."""
+    layout, shape = dispatch.layout(x), tuple(x.shape)
+    if layout == "strided" or 0 in shape:
+        return None
+    for step in steps:
+        weight, norm = step.weight, step.norm
+        if weight.device != x.device or not _casts(x, weight, dtype):
+            return None
+        channels, _, *window = weight.shape
+        # A channels_last weight makes the result channels_last, whatever x is.
+        if layout != "channels_last" and weight.stride()[1:] != (window[0] * window[1], window[1], 1):
+            return None
+        geometry = zip(shape[2:], window, step.stride, step.padding, step.dilation, strict=True)
+        shape = (shape[0], channels, *((n + 2 * pad - gap * (k - 1) - 1) // by + 1 for n, k, by, pad, gap in geometry))
+        if min(shape) < 1 or (norm.training and (norm.eps <= 0 or shape[0] * shape[2] * shape[3] == 1)):
+            return None
+        if any(t is not None and (t.shape != (channels,) or t.device != x.device) for t in norm[:4]):
+            return None
+        if not norm.training and (norm.running_mean is None or norm.running_var is None):
+            return None
+    return shape
+
+
+def _casts(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether x and the weight are computed with in `dtype`."""
+    if x.dtype == dtype == weight.dtype:
+        return True
+    return computing_dtype(x) == dtype != torch.float64 != weight.dtype and torch.is_autocast_enabled(x.device.type)

@@ -1,0 +1,310 @@
+"""A block as one autograd function: when it is one, what it computes, what it keeps, and what it leaves out."""
+
+import copy
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from eager import assert_as_accurate_as_eager, assert_matches_eager, observe, pair, randomise, sample
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedres
+from fusedres.residual import Residual, Stage, run
+
+BUILDS = {
+    "basic, identity": partial(pair, "BasicBlock", 4, 4),
+    "basic, projection": partial(pair, "BasicBlock", 4, 6, 2),
+    "bottleneck, identity": partial(pair, "Bottleneck", 8, 2),
+    "bottleneck, projection": partial(pair, "Bottleneck", 4, 2, 2),
+    "bottleneck, groups": partial(pair, "Bottleneck", 8, 2, groups=2),
+}
+POLICIES = ("fast", "lean", "min")
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+def input_of(block, dtype=torch.float64, layout="channels_last"):
+    return sample(3, block.conv1.in_channels, 6, 6, dtype=dtype).to(memory_format=LAYOUTS[layout])
+
+
+def is_segment(y):
+    return type(y.grad_fn).__name__ == "SegmentFunctionBackward"
+
+
+class Operations(TorchDispatchMode):
+    """Counts what runs below autograd, by the operator's name."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+        self.gradients = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[func._schema.name.removeprefix("aten::")] += 1
+        if func is torch.ops.aten.convolution_backward.default:
+            self.gradients.append(tuple(args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+# When
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_block_is_one_function(build, training, kernel_backend):
+    fused, eager = BUILDS[build]()
+    for layout in LAYOUTS:
+        x = input_of(fused, layout=layout)
+        assert is_segment(copy.deepcopy(fused).train(training)(x))
+        assert_matches_eager(fused.train(training), eager.train(training), x)
+
+
+def test_under_autocast_it_is_as_accurate_as_eager(kernel_backend):
+    for build in ("basic, projection", "bottleneck, identity"):
+        half = partial(torch.autocast, "cpu", torch.bfloat16)
+        builder = partial(BUILDS[build], dtype=torch.float32)
+        block, _ = builder()
+        with half():
+            assert is_segment(block(input_of(block, torch.bfloat16)))
+        assert_as_accurate_as_eager(builder, lambda block=block: input_of(block, torch.bfloat16), context=half)
+
+
+def hooked(block):
+    block.conv2.register_forward_hook(lambda *_: None)
+
+
+def padded_otherwise(block):
+    block.conv1.padding_mode = "circular"
+
+
+def padded_by_name(block):
+    block.conv1.padding = "same"
+
+
+def averaged(block):
+    block.bn1.momentum = None
+
+
+def weight_in_another_layout(block):
+    block.conv1.weight.data = block.conv1.weight.data.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("change", [hooked, padded_otherwise, padded_by_name, averaged, weight_in_another_layout])
+def test_what_the_function_can_not_compute_runs_op_by_op(change, kernel_backend):
+    for build in ("basic, identity", "basic, projection"):
+        fused, eager = BUILDS[build]()
+        if build == "basic, projection" and change is padded_by_name:
+            continue  # not with strides
+        for block in (fused, eager):
+            change(block)
+        x = input_of(fused, layout="contiguous")
+        assert not is_segment(fused(x))
+        fused.load_state_dict(eager.state_dict())
+        assert_matches_eager(fused, eager, x)
+
+
+def test_a_chain_up_to_an_attention_is_one_function(kernels):
+    class Attended(nn.Module):
+        residual = Residual(
+            (Stage("conv1", "bn1", "act"), Stage("conv2", "bn2", "act"), Stage("conv3", "bn3")),
+            shortcut="downsample",
+            between=("attention",),
+            act="act",
+            adds_in_place=False,
+        )
+
+        def __init__(self):
+            super().__init__()
+            for i in (1, 2, 3):
+                setattr(self, f"conv{i}", nn.Conv2d(4, 4, 3, padding=1))
+                setattr(self, f"bn{i}", nn.BatchNorm2d(4))
+            self.attention, self.act, self.downsample = nn.Softmax2d(), nn.ReLU(inplace=True), None
+
+        def eager_forward(self, x):
+            out = self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
+            return self.act(self.attention(self.bn3(self.conv3(out))) + x)
+
+        def forward(self, x):
+            return run(self, self.residual, x, self.eager_forward)
+
+    fused = Attended()
+    randomise(fused)
+    fused.double()
+    eager = copy.deepcopy(fused)
+    eager.__class__ = type("Eager", (Attended,), {"forward": Attended.eager_forward})
+    x = sample(3, 4, 6, 6)
+    assert_matches_eager(fused, eager, x)
+    nodes, found = [fused(x).grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        found.append(type(node).__name__)
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert found.count("SegmentFunctionBackward") == 1
+
+
+# What it leaves out
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_gradients_nobody_asked_for_are_not_computed(build, kernel_backend):
+    fused, eager = BUILDS[build]()
+    names = [name for name, _ in fused.named_parameters()]
+    for wanted in (["x"], names, ["x", *names], *[[name] for name in names], ["x", names[-1]]):
+        found, work, given = [], [], input_of(fused)
+        for block in (fused, eager):
+            x = given.clone(memory_format=torch.preserve_format).requires_grad_("x" in wanted)
+            for name, parameter in block.named_parameters():
+                parameter.grad = None
+                parameter.requires_grad_(name in wanted)
+            y = block(x)
+            with Operations() as operations:
+                y.backward(given.sum() * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).sin())
+            found.append({"x": x.grad} | {name: parameter.grad for name, parameter in block.named_parameters()})
+            work.append([sum(mask[i] for mask in operations.gradients) for i in range(3)])
+        actual, expected = found
+        for name, gradient in expected.items():
+            assert (actual[name] is None) == (gradient is None), name
+            if gradient is not None:
+                torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-12 * max(1, gradient.abs().max()))
+        assert all(ours <= eagers for ours, eagers in zip(*work, strict=True)), f"{wanted}: {work}"
+
+
+def test_the_shortcuts_gradient_is_added_in_place_or_by_the_convolution(kernel_backend):
+    for build, operation in (("bottleneck, identity", "addmm_"), ("basic, identity", "add_")):
+        fused, _ = BUILDS[build](dtype=torch.float32)
+        y = fused(input_of(fused, torch.float32).requires_grad_())
+        with Operations() as operations:
+            y.backward(torch.ones_like(y))
+        assert operations.count[operation] == 1
+        assert not operations.count["add"]
+
+
+def saved(block, x):
+    """The storages that a forward keeps, beside its parameters and its input."""
+    known = {t.untyped_storage().data_ptr() for t in (x, *block.parameters(), *block.buffers())}
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = block(x)
+    known.add(y.untyped_storage().data_ptr())
+    return [t for t in kept if t.untyped_storage().data_ptr() not in known], y
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("build", BUILDS)
+def test_nothing_is_saved_twice(build, policy, kernel_backend):
+    fused, _ = BUILDS[build]()
+    for dtype in (torch.float32, torch.bfloat16):
+        with fusedres.set_memory(policy), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            kept, y = saved(fused.float(), input_of(fused, dtype))
+        assert is_segment(y)
+        storages = [t.untyped_storage().data_ptr() for t in kept if t.numel()]
+        assert len(storages) == len(set(storages))
+
+
+def test_weight_gradients_come_back_in_the_parameters_dtype(kernel_backend):
+    fused, _ = BUILDS["bottleneck, projection"]()
+    fused.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fused(input_of(fused, torch.float32))
+    assert is_segment(y)
+    assert y.dtype is torch.bfloat16
+    y.sum().backward()
+    assert {parameter.grad.dtype for parameter in fused.parameters()} == {torch.float32}
+
+
+# Memory policies
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", BUILDS)
+def test_every_policy_gives_the_same_bits(build, training, native):
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in LAYOUTS:
+            fused, _ = BUILDS[build](dtype=torch.float32)
+            fused.train(training)
+            x = input_of(fused, dtype, layout)
+            outcomes = []
+            for policy in POLICIES:
+                block = copy.deepcopy(fused)
+
+                def forward(x, block=block, policy=policy, dtype=dtype):
+                    with (
+                        fusedres.set_memory(policy),
+                        torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16),
+                    ):
+                        y = block(x)
+                    assert is_segment(y)
+                    return y
+
+                outcomes.append(observe(forward, x, owner=block))
+            for outcome in outcomes[1:]:
+                assert torch.equal(outcome.random_state, outcomes[0].random_state)
+                for name, expected in outcomes[0].tensors.items():
+                    assert torch.equal(outcome.tensors[name], expected), name
+
+
+def test_a_policy_keeps_what_it_says(kernel_backend):
+    fused, _ = BUILDS["bottleneck, projection"]()
+    x = input_of(fused)
+    n, _, height, width = x.shape
+    planes, halved = 2, (height // 2) * (width // 2)
+    conv1, conv2, conv3 = (n * planes * height * width, n * planes * halved, n * 4 * planes * halved)
+    large = {
+        "fast": sorted([conv1, conv1, conv2, conv2, conv3, conv3]),
+        "lean": sorted([conv1, conv2, conv3, conv3]),
+        "min": sorted([conv1, conv2]),
+    }
+    for policy, expected in large.items():
+        with fusedres.set_memory(policy):
+            kept, _ = saved(fused, x)
+        assert sorted(t.numel() for t in kept if t.dim() == 4 and t.numel() >= conv2) == expected
+
+
+def test_activations_that_need_their_input_are_kept_or_computed_again(kernels):
+    class Smooth(fusedres.Bottleneck):
+        def __init__(self):
+            super().__init__(4, 1)
+            self.relu = nn.SiLU()
+
+    fused = Smooth()
+    randomise(fused)
+    fused.double()
+    eager = copy.deepcopy(fused)
+    eager.__class__ = type("Eager", (Smooth,), {"forward": Smooth.eager_forward})
+    for policy in POLICIES:
+        with fusedres.set_memory(policy):
+            assert_matches_eager(fused, eager, input_of(fused))
+
+
+def test_a_model_has_a_policy_of_its_own():
+    model = nn.Sequential(fusedres.BasicBlock(4, 4), fusedres.BasicBlock(4, 4))
+    state = list(model.state_dict())
+    x = sample(2, 4, 4, 4, dtype=torch.float32)
+
+    def kept():
+        return sum(t.numel() for t in saved(model, x)[0])
+
+    fast = kept()
+    with fusedres.set_memory("lean", model):
+        lean = kept()
+        assert fusedres.memory.of_block(copy.deepcopy(model)[0]) is fusedres.memory.Memory.LEAN
+    assert lean < fast == kept()
+    with fusedres.set_memory("lean"):
+        assert kept() == lean
+        with fusedres.set_memory("fast", model):
+            assert kept() == fast
+        assert kept() == lean
+    fusedres.set_memory("lean", model)
+    assert kept() == lean
+    assert list(model.state_dict()) == state
+    with pytest.raises(ValueError, match="policy must be one of fast, lean, min; got 'small'"):
+        fusedres.set_memory("small")
+
+
+def test_without_its_kernels_a_block_trains_op_by_op_under_every_policy():
+    fused, eager = BUILDS["basic, identity"]()
+    for policy in POLICIES:
+        with fusedres.use_backend("reference"), fusedres.set_memory(policy):
+            assert_matches_eager(fused, eager, input_of(fused))
