@@ -34,6 +34,40 @@ struct Shape {
   int64_t mask_row_bytes() const { return ((order == Order::kPixels ? channels : pixels) + 7) / 8; }
 };
 
+// Max-pool windows along one dimension; what of a window lies beyond the border is cut off.
+struct PoolAxis {
+  int64_t size;     // of x
+  int64_t outputs;  // of y
+  int64_t kernel;
+  int64_t stride;
+  int64_t padding;
+
+  struct Range {
+    int64_t begin;
+    int64_t end;
+  };
+  // Where window o begins; negative in the padding.
+  int64_t start(int64_t o) const { return o * stride - padding; }
+  // What of window o lies inside x.
+  Range inside(int64_t o) const {
+    const int64_t begin = start(o), end = begin + kernel;
+    return {begin < 0 ? 0 : begin, end < size ? end : size};
+  }
+  // The windows that cover some of x's places [begin, end).
+  Range covering(int64_t begin, int64_t end) const {
+    const int64_t before = begin + padding - kernel, last = (end - 1 + padding) / stride;
+    return {before < 0 ? 0 : before / stride + 1, last < outputs ? last + 1 : outputs};
+  }
+};
+
+struct Pool {
+  PoolAxis rows;
+  PoolAxis columns;
+};
+
+// In place of a position in a window: the activation is flat at its largest value.
+constexpr int kPassesNothing = 255;
+
 // k in k * A_x(x), of shape (1 or N, 1 or C); a stride is 0 along what is broadcast.
 struct Gate {
   const void* data;  // null: no gate
@@ -120,6 +154,27 @@ struct BnActBackward {
   NormOperand x;
   NormOperand r;
   Gate gate;
+  Gradients gradients;
+};
+
+// y = maxpool(act(BN(x))), act ReLU or the identity
+struct BnActPoolForward {
+  Shape shape;
+  DType dtype;
+  int act;
+  NormOperand x;
+  Pool pool;
+  void* y;          // (N, C, S') T, S' windows
+  uint8_t* choice;  // (N, C, S') the chosen position in the window, or kPassesNothing; null: not kept
+};
+
+struct BnActPoolBackward {
+  Shape shape;
+  DType dtype;
+  const void* dy;         // (N, C, S') T
+  const uint8_t* choice;  // as the forward wrote it
+  NormOperand x;
+  Pool pool;
   Gradients gradients;
 };
 

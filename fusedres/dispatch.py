@@ -16,6 +16,9 @@ from torch import nn
 
 from fusedres.backends import Backend, Request, native, reference
 
+# A kernel tells the backward in one byte which value of a window was the largest, and 255 that none was.
+MOST_POSITIONS = 255
+
 ORDER: list[Backend] = [native.BACKEND, reference.BACKEND]
 
 # Module globals and not ContextVars: torch.compile guards on the first and breaks on the second.
@@ -107,6 +110,10 @@ def objection(candidate: Backend, request: Request) -> str | None:
             return "x is empty"
         if request.subclass:
             return "x is a tensor subclass, which kernels do not see through"
+        if request.window_positions > MOST_POSITIONS:
+            return f"kernels pool windows of at most {MOST_POSITIONS} values, not {request.window_positions}"
+        if request.window_positions and request.act not in ("identity", "relu"):
+            return f"kernels pool after relu or identity, not after {request.act}"
     return candidate.objection(request)
 
 

@@ -26,9 +26,13 @@ KERNELS = (
     "cpu/affine_act.cpp",
     "cpu/apply.cpp",
     "cpu/backward.cpp",
+    "cpu/batch_norm.cpp",
     "cpu/bn_act.cpp",
+    "cpu/bn_act_pool.cpp",
     "cpu/gradient_apply.cpp",
     "cpu/gradient_sums.cpp",
+    "cpu/pool_apply.cpp",
+    "cpu/pool_gradients.cpp",
     "cpu/statistics.cpp",
 )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres.backends import Norm
@@ -50,7 +51,7 @@ def results(run: Run, case: Case, given: Operands) -> Results:
 def _moved_statistics(case: Case, given: Operands) -> Results:
     found: Results = {}
     for suffix, norm in (("", given.norm), ("_r", given.residual_norm)):
-        if case.op != "bn_act" or norm is None or not norm.training:
+        if case.op == "affine_act" or norm is None or not norm.training:
             continue
         if norm.running_mean is not None and norm.running_var is not None:
             found[f"running_mean{suffix}"], found[f"running_var{suffix}"] = norm.running_mean, norm.running_var
@@ -95,28 +96,37 @@ class Truth(NamedTuple):
     pre_activation: Tensor
 
 
-def truth(case: Case, given: Operands, y: Tensor) -> Truth:
-    """The case in fp64, its gradients under the mask of a contestant's output `y`."""
+def truth(run: Run, case: Case, given: Operands, y: Tensor) -> Truth:
+    """The case in fp64, its gradients under the mask of a contestant's output `y` and with what its max-pool chose."""
     wide = in_double(given)
     act = find(case.act)
-    linear = replace(case, act="identity")
-    z = eager(linear, wide)
+    dense = eager(replace(case, act="identity", window=None), wide)
+    z = dense if case.window is None else _choose(run, case, given, dense)
     if act.from_output:
         slope = act.derivative(y.double())
         head = torch.where(slope, z, 0.0) if slope.dtype == torch.bool else z * slope
     else:
         head = act.formula(z)
     named = leaves(wide)
-    g, *gradients = torch.autograd.grad(head, [z, *named.values()], wide.dy)
-    values = {"y": act.formula(z).detach(), **dict(zip(named, gradients, strict=True))}
+    g, *gradients = torch.autograd.grad(head, [dense, *named.values()], wide.dy)
+    largest = z if case.window is None else F.max_pool2d(dense, *case.window)
+    values = {"y": act.formula(largest).detach(), **dict(zip(named, gradients, strict=True))}
     values.update(_moved_statistics(case, wide))
-    return Truth(values, _scales(case, wide, g, values), z.detach())
+    return Truth(values, _scales(case, wide, g, values), largest.detach())
+
+
+def _choose(run: Run, case: Case, given: Operands, dense: Tensor) -> Tensor:
+    """What a contestant's max-pool chose of `dense`, by its own activation before the pool."""
+    assert case.window is not None
+    activation = run(replace(case, op="bn_act", window=None), _with_own_statistics(given))
+    _, pixel = F.max_pool2d(activation, *case.window, return_indices=True)
+    return dense.flatten(2).gather(2, pixel.flatten(2)).view(pixel.shape)
 
 
 def _scales(case: Case, wide: Operands, g: Tensor, values: Results) -> dict[str, float]:
     scales = {name: _finite_norm(t) for name, t in values.items()}
-    if case.op == "bn_act":  # what is normalised is of order one, also where all values of a channel are equal
-        scales["y"] = max(scales["y"], g.numel() ** 0.5)
+    if case.op != "affine_act":  # what is normalised is of order one, also where all values of a channel are equal
+        scales["y"] = max(scales["y"], values["y"].numel() ** 0.5)
     for suffix, operand, norm, gx in (
         ("", wide.x, wide.norm, g if wide.gate is None else g * wide.gate),
         ("_r", wide.residual, wide.residual_norm, g),
@@ -179,18 +189,21 @@ class Comparison:
         are equal, sqrt(eps) stands for the deviation.
         """
         if self.case.dtype == torch.float64:
-            values = self.case.values
-            mean = float(values.removeprefix("mean")) if values.startswith("mean") else 0.0
-            deviations = 1e-5**-0.5 if values == "constant" else mean
-            return not self.error <= 1e-12 + 16 * self.epsilon * deviations
+            return not self.error <= 1e-12 + _error_of_the_truth(self.case)
         return not self.error <= max(1.1 * self.eager_error, 4 * self.epsilon)
+
+
+def _error_of_the_truth(case: Case) -> float:
+    mean = float(case.values.removeprefix("mean")) if case.values.startswith("mean") else 0.0
+    deviations = 1e-5**-0.5 if case.values == "constant" else mean
+    return 16 * torch.finfo(torch.float64).eps * deviations
 
 
 def compare(case: Case, device: str | torch.device = "cpu", run: Run = candidate) -> list[Comparison]:
     """Every quantity of a case, the candidate beside eager."""
     given = operands(case, device)
     ours, theirs = results(run, case, given), results(eager, case, given)
-    our_truth, their_truth = truth(case, given, ours["y"]), truth(case, given, theirs["y"])
+    our_truth, their_truth = truth(run, case, given, ours["y"]), truth(eager, case, given, theirs["y"])
     rows = []
     for quantity, value in ours.items():
         row = Comparison(
@@ -203,17 +216,18 @@ def compare(case: Case, device: str | torch.device = "cpu", run: Run = candidate
         if quantity == "y" and case.act == "relu":
             row = replace(
                 row,
-                eager_mask_errors=_mask_errors(theirs["y"], their_truth),
-                mask_errors=_mask_errors(value, our_truth),
+                eager_mask_errors=_mask_errors(case, theirs["y"], their_truth),
+                mask_errors=_mask_errors(case, value, our_truth),
             )
         rows.append(row)
     return rows
 
 
-def _mask_errors(y: Tensor, exact: Truth) -> int:
-    """Elements that ReLU let pass and should not have, or the reverse; fp64 itself can't tell a sign below 1e-10."""
+def _mask_errors(case: Case, y: Tensor, exact: Truth) -> int:
+    """Elements that ReLU let pass and should not have, or the reverse, but for those whose sign fp64 itself can't
+    tell."""
     z = exact.pre_activation
-    return int(((~(y <= 0) != ~(z <= 0)) & ~(z.abs() < 1e-10)).sum())
+    return int(((~(y <= 0) != ~(z <= 0)) & ~(z.abs() < 1e-10 + _error_of_the_truth(case))).sum())
 
 
 def error(value: Tensor, exact: Tensor, scale: float, eager_value: Tensor) -> float:

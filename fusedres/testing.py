@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import math
 import random
 import sys
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres import ops
-from fusedres.backends import Affine, Norm
+from fusedres.backends import Affine, Norm, Window
 from fusedres.epilogue import find
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,7 +30,9 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted")
 VALUES = ("normal", "mean1", "mean1e2", "mean1e4", "mean1e7", "constant", "nonfinite", "denormal")
 SHAPES = ((4, 1, 5, 5), (2, 3, 7, 5), (3, 35, 6, 4), (6, 8, 1, 1), (2, 64, 9, 9), (5, 16, 3, 11))
 LARGE_SHAPES = ((4, 64, 56, 56), (8, 35, 28, 28), (2, 256, 28, 28))
+POOL_SHAPES = ((4, 16, 5, 5), (2, 35, 7, 5), (3, 35, 6, 4), (6, 48, 1, 1), (2, 64, 9, 9), (5, 16, 3, 11))
 RESIDUALS = ("none", "plain", "other layout", "stride 0", "projection", "frozen projection")
+WINDOWS = (((3, 3), (2, 2), (1, 1)), ((2, 2), (2, 2), (1, 1)), ((3, 2), (1, 3), (1, 1)), ((5, 1), (3, 1), (2, 0)))
 GATES = ("none", "sample", "channel", "both", "scalar")
 
 
@@ -40,6 +43,7 @@ class Case:
     Args:
         mode: "training" (batch statistics) or "eval" (running ones).
         parameters: "all", "no weights" (affine=False) or "no running statistics".
+        window: of bn_act_pool.
     """
 
     op: str
@@ -53,9 +57,10 @@ class Case:
     act: str
     parameters: str
     seed: int
+    window: Window | None = None
 
     def group(self) -> tuple[str, ...]:
-        """What is pooled: all but shape, residual, gate, activation and seed."""
+        """What is pooled: all but shape, residual, gate, activation, window and seed."""
         return self.op, str(self.dtype).removeprefix("torch."), self.layout, self.mode, self.values
 
 
@@ -88,6 +93,32 @@ def cases(count: int = 2000, *, large: int = 12, seed: int = 0) -> list[Case]:
                 act=generator.choice(("relu", "relu", "identity", "leaky_relu", *_others(values))),
                 parameters=generator.choice(("all", "all", "no weights", "no running statistics")),
                 seed=index,
+            )
+        )
+    return found
+
+
+def pool_cases(count: int = 2000, *, seed: int = 0) -> list[Case]:
+    """`count` seeded cases of bn_act_pool; every group comes up equally often."""
+    generator = random.Random(seed)
+    groups = list(itertools.product(VALUES, LAYOUTS, DTYPES, ("training", "eval")))
+    found = []
+    for index in range(count):
+        values, layout, dtype, mode = groups[index % len(groups)]
+        found.append(
+            Case(
+                op="bn_act_pool",
+                dtype=dtype,
+                layout=layout,
+                shape=generator.choice(POOL_SHAPES),
+                values=values,
+                mode=mode,
+                residual="none",
+                gate="none",
+                act=generator.choice(("relu", "relu", "identity")),
+                parameters=generator.choice(("all", "all", "no weights", "no running statistics")),
+                seed=index,
+                window=Window(*generator.choice(WINDOWS)),
             )
         )
     return found
@@ -139,7 +170,8 @@ def operands(case: Case, device: str | torch.device = "cpu") -> Operands:
     residual_norm = None
     if "projection" in case.residual and residual is not None:
         residual_norm = _norm(case, normal, residual, case.mode == "training" and case.residual == "projection")
-    dy = normal(*case.shape).to(device, case.dtype)
+    sizes = case.shape if case.window is None else (n, c, *case.window.output_size(*case.shape[2:]))
+    dy = normal(*sizes).to(device, case.dtype)
     return Operands(x, norm, residual, residual_norm, gate, dy)
 
 
@@ -189,6 +221,8 @@ def _norm(case: Case, normal: Callable[..., Tensor], t: Tensor, training: bool) 
 def candidate(case: Case, given: Operands) -> Tensor:
     """The case through `fusedres.ops`, whichever backend is chosen."""
     x, norm, residual, residual_norm, gate, _ = given
+    if case.window is not None:
+        return ops.bn_act_pool(x, norm, **case.window._asdict(), act=case.act)
     if case.op == "bn_act":
         return ops.bn_act(x, norm, residual=residual, residual_norm=residual_norm, gate=gate, act=case.act)
     affine, residual_affine = _affine(norm), None if residual_norm is None else _affine(residual_norm)
@@ -203,11 +237,12 @@ def eager(case: Case, given: Operands) -> Tensor:
         z = z * gate
     if residual is not None:
         z = z + (residual if residual_norm is None else _eager_branch(case, residual, residual_norm))
-    return find(case.act).formula(z)
+    y = find(case.act).formula(z)
+    return y if case.window is None else F.max_pool2d(y, *case.window)
 
 
 def _eager_branch(case: Case, t: Tensor, norm: Norm) -> Tensor:
-    if case.op == "bn_act":
+    if case.op != "affine_act":
         mean, var = norm.running_mean, norm.running_var
         return F.batch_norm(t, mean, var, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps)
     scale, bias, mean = (None if p is None else p.view(1, -1, 1, 1) for p in _affine(norm))

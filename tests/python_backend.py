@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.backends import Backend, Request, Statistics
+from fusedres.backends import Backend, Request, Statistics, Window
 from fusedres.epilogue import CATALOGUE, Activation
 from fusedres.ops import kernels
+from fusedres.ops.bn_act_pool import PASSES_NOTHING, chosen_pixel
 
 
 class Branch(NamedTuple):
@@ -207,6 +208,38 @@ def bn_act_backward(
     return dense(found, dy, x, residual)
 
 
+def bn_act_pool_forward(
+    x, weight, bias, mean, var, source, momentum, eps, kernel_size, stride, padding, act, keep_choice
+):
+    stats = batch_statistics(x, mean, var, source, momentum, eps)
+    a = CATALOGUE[act].formula(statistics_branch(x, weight, bias, stats).affine()).to(x.dtype)
+    largest, pixel = torch.nn.functional.max_pool2d(a, kernel_size, stride, padding, return_indices=True)
+    order = torch.channels_last if kernels.is_channels_last(kernels.empty_output(x)) else torch.contiguous_format
+    y = largest.contiguous(memory_format=order)
+    if not keep_choice:
+        return y, stats, y.new_empty(0, dtype=torch.uint8)
+    row, column = (torch.arange(n) * s - p for n, s, p in zip(y.shape[2:], stride, padding, strict=True))
+    position = (pixel // x.shape[3] - row[:, None]) * kernel_size[1] + pixel % x.shape[3] - column
+    flat = ~CATALOGUE[act].derivative(largest).bool()
+    choice = position.masked_fill(flat, PASSES_NOTHING).to(torch.uint8)
+    return y, stats, choice.contiguous(memory_format=order)
+
+
+def bn_act_pool_backward(dy, choice, x, weight, stats, source, kernel_size, stride, padding, needs):
+    passes = choice != PASSES_NOTHING
+    pixel = chosen_pixel(choice, Window(kernel_size, stride, padding), x.shape[3])
+    g = torch.zeros(x.shape, dtype=torch.float64).flatten(2)
+    g.scatter_add_(2, pixel.where(passes, 0).flatten(2), dy.double().where(passes, 0.0).flatten(2))
+    operand = statistics_branch(x, weight, None, stats)
+    dx, dweight, dbias = branch_backward(g.view(x.shape), operand, source == Statistics.BATCH)
+    need_x, need_weight, need_bias = needs
+    return (
+        kernels.empty_output(x).copy_(dx) if need_x else kernels.nothing(x),
+        dweight.to(stats.dtype) if need_weight else kernels.nothing(stats),
+        dbias.to(stats.dtype) if need_bias else kernels.nothing(stats),
+    )
+
+
 def _objection(request: Request) -> str | None:
     return None
 
@@ -219,6 +252,8 @@ BACKEND = Backend(
         "affine_act_backward": affine_act_backward,
         "bn_act_forward": bn_act_forward,
         "bn_act_backward": bn_act_backward,
+        "bn_act_pool_forward": bn_act_pool_forward,
+        "bn_act_pool_backward": bn_act_pool_backward,
     },
     keys=("CPU", "CUDA"),
 )

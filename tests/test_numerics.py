@@ -7,15 +7,17 @@ import python_backend
 import torch
 
 from fusedres import numerics, ops, testing
-from fusedres.backends import Statistics
+from fusedres.backends import Statistics, Window
 
 CASES = testing.cases(2000)
+POOL_CASES = testing.pool_cases(2000)
 
 
-@pytest.mark.parametrize("op", ["bn_act", "affine_act"])
+@pytest.mark.parametrize("op", ["bn_act", "affine_act", "bn_act_pool"])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_errors_stay_within_the_bar(backend: str, op: str, dtype: torch.dtype, device: str) -> None:
-    rows = [row for case in CASES if (case.op, case.dtype) == (op, dtype) for row in numerics.compare(case, device)]
+    cases = [*CASES, *POOL_CASES]
+    rows = [row for case in cases if (case.op, case.dtype) == (op, dtype) for row in numerics.compare(case, device)]
     alone = [row for row in rows if row.fails_alone()]
     pooled = [pool for pool in numerics.pools(rows) if pool.fails()]
     assert len(rows) > 600
@@ -24,7 +26,10 @@ def test_errors_stay_within_the_bar(backend: str, op: str, dtype: torch.dtype, d
 
 
 def test_the_cases_cover_every_group_and_every_choice() -> None:
-    assert len({case.group() for case in CASES}) == len(testing.DTYPES) * len(testing.LAYOUTS) * len(testing.VALUES) * 3
+    groups = len(testing.DTYPES) * len(testing.LAYOUTS) * len(testing.VALUES)
+    assert len({case.group() for case in POOL_CASES}) == groups * 2
+    assert {case.window for case in POOL_CASES} == {Window(*w) for w in testing.WINDOWS}
+    assert len({case.group() for case in CASES}) == groups * 3
     for field, choices in (("residual", testing.RESIDUALS), ("gate", testing.GATES)):
         assert {getattr(case, field) for case in CASES} == set(choices)
     assert sum(case.shape in testing.LARGE_SHAPES for case in CASES) == 12

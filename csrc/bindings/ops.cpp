@@ -150,6 +150,57 @@ SevenTensors bn_act_backward(const Tensor& dy, const OptionalTensor& y, const Op
   return tensors.results;
 }
 
+Pool pool_of(const Tensor& x, const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+             const std::vector<int64_t>& padding) {
+  auto axis = [&](int index) {
+    const int64_t size = x.size(2 + index), k = kernel[index], s = stride[index], p = padding[index];
+    return PoolAxis{size, (size + 2 * p - k) / s + 1, k, s, p};
+  };
+  return {axis(0), axis(1)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_pool_forward(
+    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, int64_t statistics,
+    double momentum, double eps, const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+    const std::vector<int64_t>& padding, int64_t act, bool keep_choice) {
+  const Memory memory = memory_of(x);
+  const Pool pool = pool_of(x, kernel, stride, padding);
+  const Memory pooled = memory.pooled(pool.rows.outputs, pool.columns.outputs);
+  const Tensor y = pooled.empty_output(x);
+  const Tensor choice = pooled.empty_bytes(x, keep_choice);
+  const Tensor stats = empty_statistics(x, statistics);
+  const DType dtype = dtype_of(x);
+  variant_for(dtype).bn_act_pool_forward(
+      {memory.shape(true),
+       dtype,
+       static_cast<int>(act),
+       {x.data_ptr(), pointer(weight), pointer(bias), pointer(running_mean), pointer(running_var),
+        stats.data_ptr(), static_cast<Statistics>(statistics), momentum, eps},
+       pool,
+       y.data_ptr(),
+       mask_pointer(choice)});
+  return {y, stats, choice};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_pool_backward(
+    const Tensor& dy, const Tensor& choice, const Tensor& x, const OptionalTensor& weight,
+    const Tensor& stats, int64_t statistics, const std::vector<int64_t>& kernel,
+    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::vector<bool>& needs) {
+  const Memory memory = memory_of(x);
+  const Pool pool = pool_of(x, kernel, stride, padding);
+  const Tensor dense_dy = memory.pooled(pool.rows.outputs, pool.columns.outputs).dense(dy);
+  auto per_channel = [&](bool needed) { return empty_accumulation(x, {needed ? memory.channels : 0}); };
+  const Tensor dx = needs[0] ? memory.empty_output(x) : empty_nothing(x);
+  const Tensor dweight = per_channel(needs[1]), dbias = per_channel(needs[2]);
+  const DType dtype = dtype_of(x);
+  variant_for(dtype).bn_act_pool_backward(
+      {memory.shape(true), dtype, dense_dy.data_ptr(), static_cast<const uint8_t*>(choice.data_ptr()),
+       norm_operand(x.data_ptr(), weight, std::nullopt, stats, statistics), pool,
+       Gradients{result_pointer(dx), result_pointer(dweight), result_pointer(dbias)}});
+  return {dx, dweight, dbias};
+}
+
 }  // namespace
 }  // namespace fusedres
 
@@ -158,4 +209,6 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("affine_act_backward", TORCH_BOX(&fusedres::affine_act_backward));
   m.impl("bn_act_forward", TORCH_BOX(&fusedres::bn_act_forward));
   m.impl("bn_act_backward", TORCH_BOX(&fusedres::bn_act_backward));
+  m.impl("bn_act_pool_forward", TORCH_BOX(&fusedres::bn_act_pool_forward));
+  m.impl("bn_act_pool_backward", TORCH_BOX(&fusedres::bn_act_pool_backward));
 }

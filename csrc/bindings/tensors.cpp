@@ -3,6 +3,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <utility>
+
 namespace fusedres {
 namespace {
 
@@ -66,9 +68,9 @@ bool like_channels_last(const Tensor& t) {
   return follows(0);
 }
 
-Memory memory_of(const Tensor& t, bool channels_last) {
+Memory memory_of(std::vector<int64_t> sizes, bool channels_last) {
   Memory memory{};
-  memory.sizes.assign(t.sizes().begin(), t.sizes().end());
+  memory.sizes = std::move(sizes);
   memory.channels_last = channels_last;
   memory.strides = channels_last ? channels_last_strides(memory.sizes) : contiguous_strides(memory.sizes);
   memory.images = memory.sizes[0];
@@ -76,6 +78,10 @@ Memory memory_of(const Tensor& t, bool channels_last) {
   memory.pixels = 1;
   for (size_t d = 2; d < memory.sizes.size(); ++d) memory.pixels *= memory.sizes[d];
   return memory;
+}
+
+Memory memory_of(const Tensor& t, bool channels_last) {
+  return memory_of(std::vector<int64_t>(t.sizes().begin(), t.sizes().end()), channels_last);
 }
 
 bool is_dense(const Tensor& t, const Memory& memory) {
@@ -100,8 +106,17 @@ Memory memory_of_backward(const Tensor& dy, const std::optional<Tensor>& y, cons
   return memory_of(dy);
 }
 
+Memory Memory::pooled(int64_t height, int64_t width) const {
+  return memory_of({images, channels, height, width}, channels_last);
+}
+
 Tensor Memory::empty_output(const Tensor& like) const {
   return empty_strided(like, raw_dtype(like), sizes, strides);
+}
+
+Tensor Memory::empty_bytes(const Tensor& like, bool keep) const {
+  if (!keep) return empty_strided(like, aoti_torch_dtype_uint8(), {0}, {1});
+  return empty_strided(like, aoti_torch_dtype_uint8(), sizes, strides);
 }
 
 Tensor Memory::empty_mask(const Tensor& like, bool keep) const {

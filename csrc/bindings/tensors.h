@@ -50,7 +50,10 @@ struct Memory {
     const bool as_pixels = with_mask ? channels_last : pixels == 1 || (channels_last && channels > 1);
     return {images, channels, pixels, as_pixels ? Order::kPixels : Order::kPlanes};
   }
+  // Of y, whose images have these sizes.
+  Memory pooled(int64_t height, int64_t width) const;
   Tensor empty_output(const Tensor& like) const;
+  Tensor empty_bytes(const Tensor& like, bool keep) const;
   Tensor empty_mask(const Tensor& like, bool keep) const;
   // t itself, or its copy in this memory order.
   Tensor dense(const Tensor& t) const;

@@ -58,7 +58,7 @@ class Run {
  public:
   explicit Run(const Backward<A>& op)
       : op_(op),
-        wide_(widen_rows(op.shape, op.gate, op.mask)),
+        wide_(op.choice ? WideShape{op.shape, 1} : widen_rows(op.shape, op.gate, op.mask)),
         parts_(cut(wide_.shape, per_image(op.gate))) {}
 
   void operator()() {
@@ -74,7 +74,9 @@ class Run {
               op_.r.data,
               fold(op_.x.constants, op_.gate, wide_, arena_),
               {},
-              per_image(op_.gate) ? wide_.shape.channels : 0};
+              per_image(op_.gate) ? wide_.shape.channels : 0,
+              op_.choice,
+              op_.pool};
     if (op_.r.constants.present()) slope_.r_affine = fold(op_.r.constants, Gate{}, wide_, arena_);
     if (x_from_batch) x_tables_ = take_tables();
     if (r_from_batch) r_tables_ = take_tables();
@@ -101,7 +103,8 @@ class Run {
     g_r_ = needs_r_ ? arena_.take<double>(size) : nullptr;
     const int64_t gate_rows = per_image(op_.gate) ? op_.shape.images : 1;
     if (op_.gradients.dgate) dgate_ = arena_.take<double>(gate_rows * op_.shape.channels);
-    gradient_sums({wide_.shape, op_.dtype, slope_, parts_, g_, g_x_, g_r_});
+    const GradientSums pass{wide_.shape, op_.dtype, slope_, parts_, g_, g_x_, g_r_};
+    op_.choice ? pool_gradient_sums(pass) : gradient_sums(pass);
 
     const int64_t channels = op_.shape.channels;
     parallel(ceil_div(channels, kTile), 4 * parts_.count * wide_.repeats * kTile,
@@ -160,11 +163,12 @@ class Run {
     const Gradients& to = op_.gradients;
     // A is the forward's scale, the gate folded in.
     const void* const a = op_.x.constants.present() || op_.gate.data ? slope_.x_affine.scale : nullptr;
-    gradient_apply({wide_.shape,
-                    op_.dtype,
-                    slope_,
-                    {to.dx, a, x_tables_.b, x_tables_.d},
-                    {to.dr, slope_.r_affine.scale, r_tables_.b, r_tables_.d}});
+    const GradientApply pass{wide_.shape,
+                             op_.dtype,
+                             slope_,
+                             {to.dx, a, x_tables_.b, x_tables_.d},
+                             {to.dr, slope_.r_affine.scale, r_tables_.b, r_tables_.d}};
+    op_.choice ? pool_gradient_apply(pass) : gradient_apply(pass);
   }
 
   const Backward<A>& op_;

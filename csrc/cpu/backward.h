@@ -1,4 +1,4 @@
-// The backward of both ops, once their operands' constants are known.
+// The backward of every op, once their operands' constants are known.
 #pragma once
 
 #include "constants.h"
@@ -27,6 +27,8 @@ struct Backward {
   OperandBackward<A> r;
   Gate gate;
   Gradients gradients;
+  const uint8_t* choice = nullptr;  // with a max-pool after the activation
+  Pool pool = {};
 };
 
 template <class A>

@@ -14,7 +14,9 @@ namespace {
    isa::affine_act_forward,                      \
    isa::affine_act_backward,                     \
    isa::bn_act_forward,                          \
-   isa::bn_act_backward}
+   isa::bn_act_backward,                         \
+   isa::bn_act_pool_forward,                     \
+   isa::bn_act_pool_backward}
 
 const Variant kVariants[] = {
     FUSEDRES_VARIANT(

@@ -4,12 +4,14 @@
 #include "../params.h"
 
 // A variant is one compilation of csrc/cpu's kernels, in a namespace of its own.
-#define FUSEDRES_DECLARE_VARIANT(isa)                    \
-  namespace fusedres::isa {                              \
-  void affine_act_forward(const AffineActForward& op);   \
-  void affine_act_backward(const AffineActBackward& op); \
-  void bn_act_forward(const BnActForward& op);           \
-  void bn_act_backward(const BnActBackward& op);         \
+#define FUSEDRES_DECLARE_VARIANT(isa)                     \
+  namespace fusedres::isa {                               \
+  void affine_act_forward(const AffineActForward& op);    \
+  void affine_act_backward(const AffineActBackward& op);  \
+  void bn_act_forward(const BnActForward& op);            \
+  void bn_act_backward(const BnActBackward& op);          \
+  void bn_act_pool_forward(const BnActPoolForward& op);   \
+  void bn_act_pool_backward(const BnActPoolBackward& op); \
   }
 
 FUSEDRES_DECLARE_VARIANT(portable)
@@ -30,6 +32,8 @@ struct Variant {
   void (*affine_act_backward)(const AffineActBackward& op);
   void (*bn_act_forward)(const BnActForward& op);
   void (*bn_act_backward)(const BnActBackward& op);
+  void (*bn_act_pool_forward)(const BnActPoolForward& op);
+  void (*bn_act_pool_backward)(const BnActPoolBackward& op);
 };
 
 struct Variants {

@@ -218,6 +218,44 @@ FUSEDRES_INLINE unsigned load_bits(const uint8_t* p, FirstLanes lanes) {
   return bits;
 }
 
+// Small whole numbers as bytes.
+template <class A>
+struct Bytes {
+  typedef int32_t Integers __attribute__((vector_size(4 * Vec<A>::kLanes)));
+  typedef uint8_t Native __attribute__((vector_size(Vec<A>::kLanes)));
+};
+template <class A>
+FUSEDRES_INLINE void store_bytes(uint8_t* p, Vec<A> v, AllLanes) {
+  const auto integers = __builtin_convertvector(v.v, typename Bytes<A>::Integers);
+  const auto bytes = __builtin_convertvector(integers, typename Bytes<A>::Native);
+  __builtin_memcpy(p, &bytes, sizeof bytes);
+}
+template <class A>
+FUSEDRES_INLINE void store_bytes(uint8_t* p, Vec<A> v, FirstLanes lanes) {
+  for (int lane = 0; lane < lanes.count; ++lane) p[lane] = static_cast<uint8_t>(v.v[lane]);
+}
+template <class A>
+FUSEDRES_INLINE Vec<A> load_bytes(const uint8_t* p, AllLanes) {
+  typename Bytes<A>::Native bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  const auto integers = __builtin_convertvector(bytes, typename Bytes<A>::Integers);
+  return {__builtin_convertvector(integers, typename Vec<A>::Native)};
+}
+template <class A>
+FUSEDRES_INLINE Vec<A> load_bytes(const uint8_t* p, FirstLanes lanes) {
+  uint8_t row[Vec<A>::kLanes] = {};
+  for (int lane = 0; lane < lanes.count; ++lane) row[lane] = p[lane];
+  return load_bytes<A>(row, AllLanes{});
+}
+
+// v as it reads after a store as T.
+template <class T>
+FUSEDRES_INLINE VecOf<T> rounded(VecOf<T> v) {
+  T row[VecOf<T>::kLanes];
+  store(row, v);
+  return load(row, AllLanes{});
+}
+
 // v with 0 beyond a row's end.
 template <class A>
 FUSEDRES_INLINE Vec<A> within(Vec<A> v, AllLanes) {

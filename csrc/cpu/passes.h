@@ -28,6 +28,20 @@ struct Apply {
 };
 void apply(const Apply& pass);
 
+// y = the largest act(x_affine(x)) of every window, rounded to T before they are compared; which one.
+// Reads x, writes y and choice.
+struct PoolApply {
+  Shape shape;
+  DType dtype;
+  Act act;        // ReLU or the identity
+  const void* x;  // (N, C, S) T
+  Affine x_affine;
+  Pool pool;
+  void* y;          // (N, C, S') T
+  uint8_t* choice;  // (N, C, S'), or null
+};
+void pool_apply(const PoolApply& pass);
+
 // Each part's mean and sum of (x - mean)^2, per channel. Reads x.
 struct PartStatistics {
   Shape shape;
@@ -51,6 +65,8 @@ struct Slope {
   Affine x_affine;      // the forward's: z is recomputed for the other activations
   Affine r_affine;
   int64_t image_stride;
+  const uint8_t* choice;  // (N, C, S'): then dy is (N, C, S') as well, and g sums what of it each place gets
+  Pool pool;
 };
 
 // Each part's sums of g, g * (x - mean) and g * (r - mean_r), per channel. Reads dy, what g needs, x and r.
@@ -64,6 +80,7 @@ struct GradientSums {
   double* g_r;  // (P, C), or null
 };
 void gradient_sums(const GradientSums& pass);
+void pool_gradient_sums(const GradientSums& pass);  // with slope.choice
 
 // t's gradient a * g + b * (t - mean) + d.
 struct OperandGradient {
@@ -82,6 +99,7 @@ struct GradientApply {
   OperandGradient r;
 };
 void gradient_apply(const GradientApply& pass);
+void pool_gradient_apply(const GradientApply& pass);  // with slope.choice
 
 // f(T{}) for a data type that this instruction set's variant is compiled for; isa.cpp asks for no other.
 template <class F>

@@ -87,6 +87,14 @@ FUSEDRES_INLINE Condition<A> operator>=(Vec<A> a, Vec<A> b) {
   return {a.v >= b.v};
 }
 template <class A>
+FUSEDRES_INLINE Condition<A> operator!=(Vec<A> a, Vec<A> b) {
+  return {a.v != b.v};
+}
+template <class A>
+FUSEDRES_INLINE Condition<A> operator|(Condition<A> a, Condition<A> b) {
+  return {a.lanes | b.lanes};
+}
+template <class A>
 FUSEDRES_INLINE Vec<A> select(Condition<A> condition, Vec<A> a, Vec<A> b) {
   return {condition.lanes ? a.v : b.v};
 }

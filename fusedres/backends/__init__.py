@@ -35,6 +35,26 @@ class Norm(NamedTuple):
     eps: float = 1e-5
 
 
+class Window(NamedTuple):
+    """The windows of a max-pool, rows before columns; what lies beyond x's border never wins."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    def positions(self) -> int:
+        """How many values one window compares."""
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of windows over an image."""
+        rows, columns = (
+            (size + 2 * padding - kernel) // stride + 1
+            for size, kernel, stride, padding in zip((height, width), *self, strict=True)
+        )
+        return rows, columns
+
+
 class Statistics(IntEnum):
     """Where a branch's statistics come from; an integer in the operator schemas."""
 
@@ -60,6 +80,7 @@ class Request(NamedTuple):
     empty: bool = False
     subclass: bool = False
     compiling: bool = False
+    window_positions: int = 0  # values that one window of a max-pool compares
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: bn_act and affine_act at memory speed."""
+"""The compiled CPU kernels: the ops at memory speed."""
 
 from __future__ import annotations
 

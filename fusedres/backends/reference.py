@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.backends import Affine, Backend, Norm, Request
+from fusedres.backends import Affine, Backend, Norm, Request, Window
 from fusedres.epilogue import RELU, Activation
 
 
@@ -86,8 +86,14 @@ def bn_act(
     return _activate(join(apply_norm(x, norm), residual, gate, owned=norm is not None), act, x)
 
 
+def bn_act_pool(x: Tensor, norm: Norm, window: Window, act: Activation) -> Tensor:
+    return F.max_pool2d(_activate(apply_norm(x, norm), act, x), *window)
+
+
 def _objection(request: Request) -> str | None:
     return None
 
 
-BACKEND = Backend("reference", _objection, plain={"affine_act": affine_act, "bn_act": bn_act})
+BACKEND = Backend(
+    "reference", _objection, plain={"affine_act": affine_act, "bn_act": bn_act, "bn_act_pool": bn_act_pool}
+)

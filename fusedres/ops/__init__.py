@@ -7,11 +7,13 @@ from fusedres.ops.affine_act import SPEC as AFFINE_ACT
 from fusedres.ops.affine_act import affine_act
 from fusedres.ops.bn_act import SPEC as BN_ACT
 from fusedres.ops.bn_act import bn_act
+from fusedres.ops.bn_act_pool import SPEC as BN_ACT_POOL
+from fusedres.ops.bn_act_pool import bn_act_pool
 
-__all__ = ["Affine", "Norm", "affine_act", "bn_act", "register_backend", "unregister_backend"]
+__all__ = ["Affine", "Norm", "affine_act", "bn_act", "bn_act_pool", "register_backend", "unregister_backend"]
 
 
-_SPECS = (AFFINE_ACT, BN_ACT)
+_SPECS = (AFFINE_ACT, BN_ACT, BN_ACT_POOL)
 for _backend in dispatch.ORDER:
     kernels.bind(_backend, _SPECS)
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fusedres import dispatch
-from fusedres.backends import Affine, Norm, Request
+from fusedres.backends import Affine, Norm, Request, Window
 from fusedres.epilogue import Activation, find
+
+_Pair = int | tuple[int, int]
 
 
 def activation(act: str | Activation) -> Activation:
@@ -78,6 +80,34 @@ def check_norm(x: Tensor, name: str, norm: Norm | None, operand: Tensor | None) 
         raise ValueError(f"{name} must have running_mean and running_var unless training=True; pass both")
 
 
+def window(x: Tensor, kernel_size: _Pair, stride: _Pair | None, padding: _Pair) -> Window:
+    """The windows that these arguments of eager's max-pool mean, none of them empty."""
+    if x.dim() != 4:
+        raise ValueError(f"x must be (N, C, H, W), got {tuple(x.shape)}; reshape it to four dimensions")
+    found = Window(_pair(kernel_size), _pair(kernel_size if stride is None else stride), _pair(padding))
+    if min(*found.kernel_size, *found.stride) < 1:
+        raise ValueError(
+            f"kernel_size and stride must be at least 1, got {found.kernel_size} and {found.stride}; pass stride=None "
+            "for windows that do not overlap"
+        )
+    if any(p < 0 or 2 * p > k for p, k in zip(found.padding, found.kernel_size, strict=True)):
+        raise ValueError(
+            f"padding must be at most half of kernel_size, got {found.padding} for {found.kernel_size}; pad x instead"
+        )
+    height, width = x.shape[2:]
+    if min(found.output_size(height, width)) < 1:
+        raise ValueError(
+            f"x must hold at least one window of {found.kernel_size} with padding {found.padding}, "
+            f"got {tuple(x.shape)}; pass a smaller kernel_size"
+        )
+    return found
+
+
+def _pair(value: _Pair) -> tuple[int, int]:
+    rows, columns = (value, value) if isinstance(value, int) else value
+    return rows, columns
+
+
 def parameter_dtype(*branches: Affine | Norm | None) -> torch.dtype | str | None:
     """The one dtype of all per-channel tensors, "mixed", or None."""
     found = None
@@ -99,6 +129,7 @@ def request(
     parameter_dtype: torch.dtype | str | None,
     statistics: int = 0,
     residual_statistics: int = 0,
+    window_positions: int = 0,
 ) -> Request:
     """The metadata by which a backend is chosen."""
     return Request(
@@ -116,4 +147,5 @@ def request(
         x.numel() == 0,
         type(x) is not Tensor and type(x) is not torch.nn.Parameter,
         torch.compiler.is_compiling(),
+        window_positions,
     )

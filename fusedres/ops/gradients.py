@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fusedres.backends import Affine, Statistics, reference
 from fusedres.epilogue import Activation
 
 
@@ -49,6 +50,20 @@ def differentiable(
         wanted = [t for t, needed in zip(aliases, needs, strict=True) if needed and t is not None]
         found = iter(torch.autograd.grad(formula(*aliases), wanted, dy, create_graph=True))
     return [next(found) if needed else None for needed in needs]
+
+
+def normalise_again(
+    t: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, source: int, eps: float
+) -> Tensor:
+    """A batch norm spelled out: aten's takes its statistics for constants from the third order on."""
+    if source == Statistics.BATCH:
+        wide = t.to(stats.dtype)
+        var, mean = torch.var_mean(wide, [d for d in range(t.dim()) if d != 1], correction=0)
+        rstd = (var + eps).rsqrt()
+    else:
+        high, low, rstd = stats
+        mean = high + low
+    return reference.apply_affine(t, Affine(rstd if weight is None else rstd * weight, bias, mean))
 
 
 def cast(gradient: Tensor, dtype: torch.dtype | None) -> Tensor:

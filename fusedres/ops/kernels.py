@@ -27,9 +27,11 @@ class Spec:
     Args:
         arguments: the schema's argument list, shared by the op and its forward kernel.
         backward_arguments: those of the backward kernel; `needs` comes last.
-        results: what the forward kernel returns; the mask comes last.
+        results: what the forward kernel returns; what it keeps for the backward alone comes last.
         fake_forward, fake_backward: shapes, dtypes and strides of the results.
         function: the autograd.Function; its `apply` takes the Kernels and then the op's arguments.
+        gradients: how many gradients the backward kernel returns.
+        kept: the word for the last result; `keep_<kept>` tells the forward kernel to fill it.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Spec:
     fake_forward: Callable[..., tuple[Tensor, ...]]
     fake_backward: Callable[..., tuple[Tensor, ...]]
     function: type[torch.autograd.Function]
+    gradients: int = 7
+    kept: str = "mask"
 
 
 class Kernels:
@@ -46,10 +50,11 @@ class Kernels:
 
     def __init__(self, spec: Spec, backend: Backend, library: torch.library.Library) -> None:
         name, namespace = spec.name, library.ns
-        gradients = ", ".join(["Tensor"] * 7)
+        gradients = ", ".join(["Tensor"] * spec.gradients)
         library.define(f"{name}({spec.arguments}) -> Tensor")
-        library.define(f"{name}_forward({spec.arguments}, bool keep_mask) -> ({spec.results})")
-        library.define(f"{name}_backward({spec.backward_arguments}, bool[7] needs) -> ({gradients})")
+        library.define(f"{name}_forward({spec.arguments}, bool keep_{spec.kept}) -> ({spec.results})")
+        needs = f"bool[{spec.gradients}] needs"
+        library.define(f"{name}_backward({spec.backward_arguments}, {needs}) -> ({gradients})")
 
         operators = getattr(torch.ops, namespace)
         self.backend = backend
