@@ -71,15 +71,18 @@ def _runs(
 
 
 def _steps(module: nn.Module, called: Sequence[Step]) -> list[Step | Residual]:
-    """What is called, with the description of a run in place of its three children."""
+    """What is called, with the description of a run in place of its three children and the max-pool after them."""
     steps: list[Step | Residual] = []
     index = 0
     while index < len(called):
         names = [step for step in called[index : index + 3] if isinstance(step, str)]
         if len(names) == 3 and _is_run([module._modules.get(name) for name in names]):
             conv, norm, act = names
-            steps.append(Residual((Stage(conv, norm, act),)))
             index += 3
+            pool = called[index] if index < len(called) else None
+            pools = isinstance(pool, str) and type(module._modules.get(pool)) is nn.MaxPool2d
+            steps.append(Residual((Stage(conv, norm, act, after_act=(str(pool),) if pools else ()),)))
+            index += pools
         else:
             steps.append(called[index])
             index += 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusedres import gates, ops, segment
 from fusedres.epilogue import IDENTITY, Activation
 from fusedres.memory import Memory
-from fusedres.modules import count_batch, dtypes_fit, is_hooked, norm_of
+from fusedres.modules import count_batch, dtypes_fit, is_hooked, norm_of, window_of
 
 
 class Span(NamedTuple):
@@ -114,17 +114,30 @@ def _run_stages(spans: list[Span], x: Tensor, memory: Memory) -> Tensor:
 
 
 def _run_stage(span: Span, x: Tensor) -> Tensor:
-    z = span.conv(x)
+    z, after_act = span.conv(x), span.after_act
+    pooled = None
     if span.before_act:
         z = bn_act(z, span.norm, IDENTITY)
         for child in span.before_act:
             z = child(z)
         z = _activate(z, span.act)
     else:
-        z = bn_act(z, span.norm, span.act)
-    for child in span.after_act:
+        if after_act and isinstance(span.act, Activation):
+            pooled = _bn_act_pool(z, span.norm, span.act, after_act[0])
+        z = bn_act(z, span.norm, span.act) if pooled is None else pooled
+    for child in after_act if pooled is None else after_act[1:]:
         z = child(z)
     return z
+
+
+def _bn_act_pool(x: Tensor, norm: nn.Module, act: Activation, pool: nn.Module) -> Tensor | None:
+    """The op on modules, where the child after the activation is a max-pool of at least one window."""
+    window = window_of(pool)
+    if window is None or not dtypes_fit(x.dtype, norm) or min(window.output_size(*x.shape[2:])) < 1:
+        return None
+    count_batch(norm)
+    kernel_size, stride, padding = window
+    return ops.bn_act_pool(x, norm_of(norm), kernel_size=kernel_size, stride=stride, padding=padding, act=act)
 
 
 def _run_between(parts: Parts, z: Tensor, norm: nn.Module | None) -> tuple[Tensor, nn.Module | None, Tensor | None]:

@@ -12,7 +12,7 @@ from torch import nn
 from fusedres import eligibility, families, gates, swap
 from fusedres.blocks.block import Block
 from fusedres.epilogue import IDENTITY, Activation, of_module
-from fusedres.modules import is_batch_norm
+from fusedres.modules import is_batch_norm, window_of
 from fusedres.report import Code, Objection, Report, Row
 from fusedres.residual import Residual
 from fusedres.swap import Description, Fused, Runs
@@ -162,10 +162,12 @@ def _described(path: str, family: str, status: str, block: nn.Module, descriptio
     for residual in eligibility.residuals(description):
         for stage in residual.stages[: None if residual.shortcut is None else -1]:
             act = _activation_name(block, stage.act)
-            before = _active(block, stage.before_act)
+            before, after = _active(block, stage.before_act), _active(block, stage.after_act)
             if act and not before:
-                fused.append(f"{stage.norm}+{act}")
-            plain += [*before, *_active(block, stage.after_act)]
+                pool = [path for path in after[:1] if window_of(block.get_submodule(path)) is not None]
+                fused.append("+".join([stage.norm, act, *pool]))
+                after = after[len(pool) :]
+            plain += [*before, *after]
         if residual.shortcut is not None:
             whole, also_plain = _last_operation(block, residual)
             fused.append(whole)

@@ -27,7 +27,7 @@ __all__ = [
     "wide_resnet50_2",
 ]
 
-_STEM = Residual((Stage("conv1", "bn1", "relu"),))
+_STEM = Residual((Stage("conv1", "bn1", "relu", after_act=("maxpool",)),))
 
 
 class ResNet(nn.Module):
@@ -101,11 +101,10 @@ class ResNet(nn.Module):
         _initialise(self, zero_init_residual)
 
     def _eager_stem(self, x: Tensor) -> Tensor:
-        return self.relu(self.bn1(self.conv1(x)))
+        return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._eager_stem(x) if torch.jit.is_scripting() else run(self, _STEM, x, self._eager_stem)
-        x = self.maxpool(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusedres.backends import Norm
+from fusedres.backends import Norm, Window
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -47,6 +47,15 @@ def norm_objection(path: str, module: nn.Module | None) -> str | None:
     elif cls is not nn.BatchNorm2d and not _is_frozen(cls):
         return f"{path} is a {cls.__name__}"
     return f"{path} has hooks or a patched forward" if is_hooked(module) else None
+
+
+def window_of(pool: nn.Module) -> Window | None:
+    """A max-pool's windows; None where it does more than take the largest value of each."""
+    if type(pool) is not nn.MaxPool2d or is_hooked(pool) or pool.ceil_mode or pool.return_indices:
+        return None
+    stride = pool.kernel_size if pool.stride is None else pool.stride
+    sizes = [size if isinstance(size, tuple) else (size, size) for size in (pool.kernel_size, stride, pool.padding)]
+    return Window(*sizes) if pool.dilation in (1, (1, 1)) else None
 
 
 def dtypes_fit(dtype: torch.dtype, norm: Any) -> bool:

@@ -33,7 +33,7 @@ class Stage:
         norm: the batch norm.
         act: a child, or a row of the catalogue where the block calls a function.
         before_act: children between the norm and the activation (drop_block).
-        after_act: children after the activation (anti-aliasing).
+        after_act: children after the activation (anti-aliasing; a max-pool, which is fused with it).
     """
 
     conv: str

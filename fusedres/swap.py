@@ -167,7 +167,7 @@ def _run_steps(module: nn.Module, steps: tuple[str | Call | Residual, ...], x: T
 
 def _run_children(module: nn.Module, residual: Residual, x: Tensor) -> Tensor:
     for stage in residual.stages:
-        for name in (stage.conv, stage.norm, str(stage.act)):
+        for name in (stage.conv, stage.norm, str(stage.act), *stage.after_act):
             x = module._modules[name](x)  # pyright: ignore[reportOptionalCall]
     return x
 

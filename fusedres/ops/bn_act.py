@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedres import dispatch
-from fusedres.backends import Affine, Norm, Statistics, reference
+from fusedres.backends import Norm, Statistics, reference
 from fusedres.epilogue import CATALOGUE, IDENTITY, Activation
 from fusedres.ops import contract, gradients, kernels
 
@@ -140,31 +140,12 @@ def _backward_again(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | No
 
     def formula(x, weight, bias, residual, weight_r, bias_r, gate):
         if residual is not None:
-            residual = normalise_again(residual, weight_r, bias_r, stats_r, source_r, eps_r)
-        branch = normalise_again(x, weight, bias, stats, source, eps)
+            residual = gradients.normalise_again(residual, weight_r, bias_r, stats_r, source_r, eps_r)
+        branch = gradients.normalise_again(x, weight, bias, stats, source, eps)
         z = reference.join(branch, residual, gate, owned=False)
         return gradients.apply_slope(z, slope) if activation.from_output else activation.formula(z)
 
     return gradients.differentiable(formula, (x, weight, bias, residual, weight_r, bias_r, gate), needs, dy)
-
-
-def normalise_again(
-    t: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, source: int, eps: float
-) -> Tensor:
-    """The norm in ordinary operations; running statistics stay where they are."""
-    if source == Statistics.ABSENT:
-        return t
-    if source == Statistics.BATCH:
-        # Spelled out: aten's batch norm takes its statistics for constants from the third order on.
-        wide = t.to(stats.dtype)
-        var, mean = torch.var_mean(wide, [d for d in range(t.dim()) if d != 1], correction=0)
-        return reference.apply_affine(t, Affine(_scale(weight, (var + eps).rsqrt()), bias, mean))
-    mean, mean_low, rstd = stats
-    return reference.apply_affine(t, Affine(_scale(weight, rstd), bias, mean + mean_low))
-
-
-def _scale(weight: Tensor | None, rstd: Tensor) -> Tensor:
-    return rstd if weight is None else rstd * weight
 
 
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -56,6 +56,8 @@ def normalise_again(
     t: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, source: int, eps: float
 ) -> Tensor:
     """A batch norm spelled out: aten's takes its statistics for constants from the third order on."""
+    if source == Statistics.ABSENT:
+        return t
     if source == Statistics.BATCH:
         wide = t.to(stats.dtype)
         var, mean = torch.var_mean(wide, [d for d in range(t.dim()) if d != 1], correction=0)

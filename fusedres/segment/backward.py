@@ -15,7 +15,7 @@ from torch import Tensor
 from fusedres.backends import Statistics, reference
 from fusedres.epilogue import IDENTITY
 from fusedres.ops import gradients, kernels
-from fusedres.ops.bn_act import normalise_again, statistics_of
+from fusedres.ops.bn_act import statistics_of
 from fusedres.segment.plan import ARGUMENTS, FIRST, Kept, Plan, Step, in_layout_of, is_dropped
 
 
@@ -223,7 +223,7 @@ def backward_again(
 
     def run(step: Step, link: Kept, x: Tensor, weight: Tensor, bias: Any, norm_weight: Any, norm_bias: Any) -> Tensor:
         z = step.convolve(x.to(plan.dtype), weight.to(plan.dtype), bias)
-        return normalise_again(z, norm_weight, norm_bias, link.stats, statistics_of(step.norm), step.norm.eps)
+        return gradients.normalise_again(z, norm_weight, norm_bias, link.stats, statistics_of(step.norm), step.norm.eps)
 
     def formula(x: Tensor, shortcut: Tensor | None, *parameters: Any) -> Tensor:
         groups = [parameters[at : at + ARGUMENTS] for at in range(0, len(parameters), ARGUMENTS)]
