@@ -86,7 +86,7 @@ def build(target: Target, into: Path | None = None) -> Path:
     """
     try:
         _require_linux()
-        return _cached(target, jit=True).path if into is None else _build_into(target, into)
+        return _cached(target, jit=True, on_purpose=True).path if into is None else _build_into(target, into)
     except BuildError:
         raise
     except Exception as error:
@@ -152,8 +152,11 @@ def _prebuilt(target: Target) -> Library | None:
     return Library(path, "built ahead")
 
 
-def _cached(target: Target, *, jit: bool) -> Library:
-    """The library in the user's cache, built there first if it is missing and `jit` allows it."""
+def _cached(target: Target, *, jit: bool, on_purpose: bool = False) -> Library:
+    """The library in the user's cache, built there first if it is missing and `jit` allows it.
+
+    A build that failed is not tried again for a while, unless on purpose.
+    """
     root = cache.open_private(cache.location())
     if os.statvfs(root).f_flag & os.ST_NOEXEC:
         raise BuildError(f"nothing can be loaded from {root}, which is mounted noexec; set FUSEDRES_CACHE")
@@ -170,7 +173,7 @@ def _cached(target: Target, *, jit: bool) -> Library:
         if path is None:
             if not jit:
                 raise BuildError(f"{fault}, and FUSEDRES_DISABLE_JIT is set; run `python -m fusedres build`")
-            return _build_once(target, chosen, wanted, entry)
+            return _build_once(target, chosen, wanted, entry, on_purpose=on_purpose)
     return _load_cached(target, path)
 
 
@@ -198,8 +201,8 @@ def _usable(entry: Path) -> tuple[Path | None, str]:
         return None, str(error)
 
 
-def _build_once(target: Target, chosen: Compiler, wanted: Key, entry: Path) -> Library:
-    """Build into the cache, unless another process did so while this one waited for the lock."""
+def _build_once(target: Target, chosen: Compiler, wanted: Key, entry: Path, *, on_purpose: bool) -> Library:
+    """Build into the cache, unless another process did so, or failed to, while this one waited for the lock."""
     root = entry.parent
     waiting = Progress(f"waiting for another process, which builds {target.name} in {root}", 0)
     with cache.locked(root, waiting.update):
@@ -207,14 +210,29 @@ def _build_once(target: Target, chosen: Compiler, wanted: Key, entry: Path) -> L
         path, fault = _usable(entry)
         if path is not None:
             return _load_cached(target, path)
+        reason = None if on_purpose else cache.recent_failure(entry)
+        if reason is not None:
+            raise BuildError(f"{reason}; tried less than 10 minutes ago, `python -m fusedres build` tries again now")
         if os.path.lexists(entry):
             _warn(f"{fault}; the library is built again")
-        with cache.temporary(root) as temporary:
-            folder = _make_entry(target, chosen, wanted, temporary)
-            # Before it is published: every later process would find one that does not load.
-            _load(target, folder / target.file, "set CXX to another compiler")
-            cache.publish(folder, entry)
+        try:
+            _publish(target, chosen, wanted, entry)
+        except BuildError as error:
+            cache.remember_failure(entry, str(error))
+            if not on_purpose:
+                _warn(f"{error}; the reference backend serves")
+            raise
+        cache.forget_failure(entry)
     return Library(entry / target.file, "built now")
+
+
+def _publish(target: Target, chosen: Compiler, wanted: Key, entry: Path) -> None:
+    """Build in a temporary folder of the cache and move what loads into place."""
+    with cache.temporary(entry.parent) as temporary:
+        folder = _make_entry(target, chosen, wanted, temporary)
+        # Before it is published: every later process would find one that does not load.
+        _load(target, folder / target.file, "set CXX to another compiler")
+        cache.publish(folder, entry)
 
 
 def _build_into(target: Target, into: Path) -> Path:

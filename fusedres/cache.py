@@ -14,12 +14,13 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = "tmp-"
 LOCK_SECONDS = 1800.0
+FAILURE_SECONDS = 600.0
 POLL_SECONDS = 0.02
 
 
@@ -123,6 +124,28 @@ def remove_leftovers(root: Path) -> None:
     """Remove the temporary folders of killed builds; only under the lock, where nobody else has one."""
     for folder in root.glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remember_failure(entry: Path, reason: str) -> None:
+    """Note why `entry` could not be made, as well as a full disk permits."""
+    with suppress(OSError):
+        _failure(entry).write_text(reason)
+
+
+def recent_failure(entry: Path) -> str | None:
+    """Why `entry` could not be made, if that was tried in the last FAILURE_SECONDS."""
+    with suppress(OSError):
+        if time.time() - _failure(entry).stat().st_mtime < FAILURE_SECONDS:
+            return _failure(entry).read_text()
+    return None
+
+
+def forget_failure(entry: Path) -> None:
+    _failure(entry).unlink(missing_ok=True)
+
+
+def _failure(entry: Path) -> Path:
+    return entry.with_name(f"failed-{entry.name}")
 
 
 def digest(path: Path) -> str:

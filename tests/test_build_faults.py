@@ -27,7 +27,7 @@ from stub_target import (
     wait_until,
 )
 
-from fusedres import build, compiler, target
+from fusedres import build, cache, compiler, target
 from fusedres.build import Library
 from fusedres.target import Target
 
@@ -46,6 +46,10 @@ def test_no_compiler_is_a_reason_but_an_earlier_build_serves(stub: Target, monke
     assert origin(ask_again(stub)) == "cached"
     (stub.root / "answer.cpp").write_text(ANSWER + "// edited\n")
     assert "no C++ compiler" in refusal(ask_again(stub))
+
+
+def left_behind(home: Path) -> list[str]:
+    return sorted(path.name.partition("-")[0] for path in home.iterdir())
 
 
 BROKEN = {
@@ -72,7 +76,39 @@ def test_a_broken_compiler_is_a_reason(
         monkeypatch.setattr(compiler, "STEP_SECONDS", 0.2)
     reason = refusal(build.library(stub))
     assert re.search(pattern, reason), reason
-    assert [path.name for path in home.iterdir()] == ["lock"]
+    assert left_behind(home) == ["failed", "lock"]
+
+
+def test_a_failed_build_is_told_once_and_remembered_for_ten_minutes(
+    stub: Target, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log, broken = tmp_path / "tries", tmp_path / "broken-now"
+    broken.touch()
+    body = f"""echo >> {log}; if [ -e {broken} ]; then echo 'error: no'; exit 1; fi; exec g++ "$@" """
+    monkeypatch.setenv("CXX", str(compiler_script(tmp_path / "g++", body)))
+
+    def tries() -> int:
+        return len(log.read_text())
+
+    assert "error: no" in refusal(build.library(stub))
+    assert capfd.readouterr().err.count("error: no") == 1
+    for _ in range(3):
+        assert re.search("error: no.*less than 10 minutes ago, `python -m fusedres build`", refusal(ask_again(stub)))
+    assert (tries(), capfd.readouterr().err) == (1, "")
+
+    with pytest.raises(build.BuildError, match="error: no"):
+        build.build(stub)
+    assert tries() == 2
+    (failed,) = home.glob("failed-*")
+    os.utime(failed, (0, time.time() - cache.FAILURE_SECONDS - 1))
+    assert "error: no" in refusal(ask_again(stub))
+    assert tries() == 3
+
+    broken.unlink()
+    assert "less than 10 minutes" in refusal(ask_again(stub))
+    build.build(stub)
+    assert isinstance(ask_again(stub), Library)
+    assert not list(home.glob("failed-*"))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +207,7 @@ def test_a_full_disk_is_a_reason(stub: Target, home: Path, tmp_path: Path, monke
     monkeypatch.setenv("CXX", str(compiler_script(tmp_path / "g++", body)))
     monkeypatch.setattr(compiler, "FULL_DISK_BYTES", 1 << 62)
     assert re.search(r"No space left on device; the disk of .* is full: free space", refusal(ask_again(stub)))
-    assert [path.name for path in home.iterdir()] == ["lock"]
+    assert left_behind(home) == ["failed", "lock"]
 
 
 @pytest.mark.parametrize(
