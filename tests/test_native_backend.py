@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,38 @@ def test_a_thousand_steps_leak_nothing():
 
     before = steps(300)
     assert steps(1000) - before < 4 << 20
+
+
+def step(seed: int) -> list[torch.Tensor]:
+    """Everything of one training step on inputs of that seed."""
+    generator = torch.Generator().manual_seed(seed)
+    x, r = (torch.randn(3, 16 + seed, 12, 12, generator=generator).requires_grad_() for _ in range(2))
+    weight = torch.rand(16 + seed, generator=generator).requires_grad_()
+    y = ops.bn_act(x, ops.Norm(weight, training=True), residual=r)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, r, weight])]
+
+
+def test_eight_threads_at_once_do_not_disturb_each_other():
+    alone = [step(seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            for expected, found in zip(alone, pool.map(step, range(8)), strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+FORK = """
+import os, torch, test_native_backend
+torch.set_num_threads(1)
+if {before}:
+    expected = test_native_backend.step(3)
+child = os.fork()
+found = test_native_backend.step(3)
+if child == 0:
+    os._exit(0 if not {before} or all(torch.equal(a, b) for a, b in zip(expected, found)) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_forked_child_computes_what_its_parent_does(run_python, used_before):
+    run_python(FORK.format(before=used_before), FUSEDRES_BACKEND="native")
