@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fusedres import gates, ops, segment
+from fusedres import gates, ops, segment, synchronised
 from fusedres.epilogue import IDENTITY, Activation
 from fusedres.memory import Memory
 from fusedres.modules import count_batch, dtypes_fit, is_hooked, norm_of, window_of
@@ -200,6 +200,18 @@ def bn_act(
     if residual_norm is not None and residual is not None and not dtypes_fit(residual.dtype, residual_norm):
         residual, residual_norm = residual_norm(residual), None
     row = act if isinstance(act, Activation) else IDENTITY
+    group, group_r = synchronised.group_of(norm), synchronised.group_of(residual_norm)
+    if group is not None or group_r is not None:
+        y = None
+        if norm is not None and group is not None and (residual_norm is None or group_r == group):
+            y = synchronised.bn_act(x, norm, residual, residual_norm, gate, row, group)
+        if y is not None:
+            return y if isinstance(act, Activation) else act(y)
+        # Each by itself, and then the rest.
+        if norm is not None and group is not None:
+            x, norm = _synchronise(x, norm, group), None
+        if residual is not None and residual_norm is not None and group_r is not None:
+            residual, residual_norm = _synchronise(residual, residual_norm, group_r), None
     if norm is None and residual_norm is None:
         if residual is None and gate is None:
             return _activate(x, act)
@@ -217,3 +229,8 @@ def bn_act(
             act=row,
         )
     return y if isinstance(act, Activation) else act(y)
+
+
+def _synchronise(x: Tensor, norm: nn.Module, group: Any) -> Tensor:
+    y = synchronised.bn_act(x, norm, None, None, None, IDENTITY, group)
+    return norm(x) if y is None else y

@@ -41,10 +41,7 @@ def norm_objection(path: str, module: nn.Module | None) -> str | None:
     if module is None:
         return f"it has no child {path!r}"
     cls = type(module)
-    if cls is nn.SyncBatchNorm:
-        if module.training and torch.distributed.is_available() and torch.distributed.is_initialized():
-            return f"{path} synchronises its statistics"
-    elif cls is not nn.BatchNorm2d and not _is_frozen(cls):
+    if not is_batch_norm(module):
         return f"{path} is a {cls.__name__}"
     return f"{path} has hooks or a patched forward" if is_hooked(module) else None
 

@@ -24,6 +24,7 @@ LAYERS = (
     {"residual"},
     {"executor"},
     {"segment"},
+    {"synchronised"},
     {"gates", "memory", "modules", "ops"},
     {"dispatch"},
     {"backends"},

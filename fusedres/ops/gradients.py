@@ -68,6 +68,15 @@ def normalise_again(
     return reference.apply_affine(t, Affine(rstd if weight is None else rstd * weight, bias, mean))
 
 
+def affine_of(stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Affine:
+    """The norm as an affine, to the same bits as the kernels' own."""
+    mean, mean_low, rstd = stats
+    scale = rstd if weight is None else (rstd.double() * weight).to(rstd.dtype)
+    # -0 for an absent bias: t + -0 is t for every t.
+    bias = torch.full_like(rstd, -0.0) if bias is None else bias
+    return Affine(scale, (bias.double() - mean_low.double() * scale).to(rstd.dtype), mean)
+
+
 def cast(gradient: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The gradient in its operand's dtype; kernels accumulate in a wider one."""
     return gradient if dtype is None or gradient.dtype == dtype else gradient.to(dtype)

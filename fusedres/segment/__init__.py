@@ -22,6 +22,7 @@ from fusedres.ops import kernels
 from fusedres.segment.function import SegmentFunction
 from fusedres.segment.plan import Plan, Step
 from fusedres.segment.requests import computing_dtype, requests_of
+from fusedres.synchronised import group_of
 
 
 class Link(NamedTuple):
@@ -63,6 +64,8 @@ def run(x: Tensor, links: Sequence[Link], end: End | None, memory: Memory) -> Te
     for conv, norm, act in every:
         # A cumulative average has to read the counter first; a frozen norm has no momentum at all.
         if norm.__dict__.get("momentum", 0.0) is None or not dtypes_fit(dtype, norm):
+            return None
+        if group_of(norm) is not None:
             return None
         weight, bias = conv._parameters["weight"], conv._parameters["bias"]
         steps.append(Step(weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, norm_of(norm), act))

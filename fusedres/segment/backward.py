@@ -207,13 +207,9 @@ def _normalise_backward(
 
 def _activate_again(operators: kernels.Kernels, step: Step, link: Kept) -> Tensor:
     """act(norm(output)) from the saved statistics, with the forward's roundings."""
-    mean, mean_low, rstd = link.stats
-    scale = rstd if link.norm_weight is None else (rstd.double() * link.norm_weight).to(rstd.dtype)
-    # -0 for an absent bias: t + -0 is t for every t.
-    bias = torch.full_like(rstd, -0.0) if link.norm_bias is None else link.norm_bias
-    shift = (bias.double() - mean_low.double() * scale).to(rstd.dtype)
+    affine = gradients.affine_of(link.stats, link.norm_weight, link.norm_bias)
     affine_act = kernels.of(operators.backend, "affine_act")
-    return affine_act.forward(link.output, scale, shift, mean, *[None] * 5, step.act.code, False)[0]
+    return affine_act.forward(link.output, *affine, *[None] * 5, step.act.code, False)[0]
 
 
 def backward_again(
