@@ -164,6 +164,9 @@ def recording(model: nn.Module) -> Iterator[list[Choice]]:
         recorder = previous
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def layout(t: torch.Tensor) -> str:
     """The word for a tensor's memory order, as Request has it.
 
@@ -171,6 +174,7 @@ def layout(t: torch.Tensor) -> str:
     'channels_last'
     """
     contiguous = t.is_contiguous()
-    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
+    interleaved = _CHANNELS_LAST.get(t.dim())
+    if interleaved is not None and t.is_contiguous(memory_format=interleaved):
         return "both" if contiguous else "channels_last"
     return "contiguous" if contiguous else "strided"

@@ -56,7 +56,7 @@ VARIANTS = {"portable": ("-O2",), **(_X86_VARIANTS if platform.machine() in ("x8
 PLAIN = ("cpu/arena.cpp", "cpu/isa.cpp")
 
 # These include torch's headers, those of the stable ABI.
-BINDINGS = ("bindings/ops.cpp", "bindings/tensors.cpp")
+BINDINGS = ("bindings/operands.cpp", "bindings/ops.cpp", "bindings/tensors.cpp")
 
 _PACKAGE = Path(__file__).parent
 # A wheel carries the sources in the package; in a checkout they stand beside it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,6 +55,53 @@ def test_nothing_is_left_to_be_refused_silently():
             ops.affine_act(x, residual=x.contiguous(memory_format=torch.channels_last))
         with pytest.raises(RuntimeError, match=r"torch.float32 parameters"):
             ops.affine_act(x, ops.Affine(torch.ones(4).double()))
+
+
+def results(backend: str, f: Callable[..., torch.Tensor], x: torch.Tensor, *tensors: torch.Tensor):
+    """y, the gradients of x and of the first two tensors, and how the others moved."""
+    with fusedres.use_backend(backend):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, *tensors[:2])]
+        moving = [t.clone() for t in tensors[2:]]
+        y = f(*leaves, *moving)
+        return [y.detach(), *torch.autograd.grad(y.sum(), leaves), *moving]
+
+
+OPS = {
+    "bn_act": lambda x, weight, bias, mean, var: ops.bn_act(x, ops.Norm(weight, bias, mean, var, True), residual=x),
+    "frozen bn_act": lambda x, weight, bias, mean, var: ops.bn_act(x, ops.Norm(weight, bias, mean, var), residual=x),
+    "bn_act_pool": lambda x, weight, bias, mean, var: ops.bn_act_pool(
+        x, ops.Norm(weight, bias, mean, var, True), kernel_size=2
+    ),
+    "affine_act": lambda x, weight, bias, mean, var: ops.affine_act(x, ops.Affine(weight, bias, mean)),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_parameters_and_statistics_may_be_in_half_precision_as_after_model_half(dtype, op):
+    x, parameters = torch.randn(4, 6, 8, 8), (torch.rand(6), torch.rand(6), torch.zeros(6), torch.ones(6))
+    given = [t.to(dtype) for t in (x, *parameters)]
+    for ours, eager in zip(*(results(b, OPS[op], *given) for b in ("native", "reference")), strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, eager, rtol=0.02, atol=0.02 * eager.abs().max().item())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_parameters_and_statistics_may_be_strided(op):
+    x, table = torch.randn(4, 6, 8, 8), torch.rand(6, 4).add(0.5)
+    dense = [t.contiguous() for t in table.unbind(1)]
+    with fusedres.use_backend("native"):
+        assert torch.equal(OPS[op](x, *table.unbind(1)), OPS[op](x, *dense))
+    assert torch.equal(table, torch.stack(dense, 1))
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last_3d])
+def test_volumes_are_served_in_both_memory_orders(order):
+    x = torch.randn(2, 6, 3, 4, 5).contiguous(memory_format=order)
+    given = (x, torch.rand(6), torch.rand(6), torch.zeros(6), torch.ones(6))
+    for ours, eager in zip(*(results(b, OPS["bn_act"], *given) for b in ("native", "reference")), strict=True):
+        assert ours.stride() == eager.stride()
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
 
 
 def in_process(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -5,13 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "../cpu/isa.h"
 #include "../cpu/parallel.h"
-#include "tensors.h"
+#include "operands.h"
 
 namespace fusedres {
 
@@ -22,19 +21,12 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int
 
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gate gate_of(const OptionalTensor& gate) {
-  if (!gate) return {};
-  auto stride = [&](int64_t dim) { return gate->size(dim) == 1 ? 0 : gate->stride(dim); };
-  return {gate->data_ptr(), dtype_of(*gate), stride(0), stride(1)};
-}
-
-NormOperand norm_operand(const void* data, const OptionalTensor& weight, const OptionalTensor& bias,
-                         const Tensor& stats, int64_t statistics) {
-  const auto source = static_cast<Statistics>(statistics);
-  return {data, pointer(weight), pointer(bias), nullptr, nullptr, stats.data_ptr(), source, 0, 0};
+// What the backward of a norm is told: no running statistics.
+NormTensors backward_norm(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& stats,
+                          int64_t statistics) {
+  return {weight, bias, {}, {}, stats, static_cast<Statistics>(statistics), 0, 0};
 }
 
 std::tuple<Tensor, Tensor> affine_act_forward(const Tensor& x, const OptionalTensor& scale,
@@ -45,16 +37,11 @@ std::tuple<Tensor, Tensor> affine_act_forward(const Tensor& x, const OptionalTen
   const Memory memory = memory_of(x);
   const Tensor y = memory.empty_output(x);
   const Tensor mask = memory.empty_mask(x, keep_mask);
+  const AffineTensors affine{scale, bias, mean}, affine_r{scale_r, bias_r, mean_r};
   const DType dtype = dtype_of(x);
-  variant_for(dtype).affine_act_forward(
-      {memory.shape(keep_mask),
-       dtype,
-       static_cast<int>(act),
-       {x.data_ptr(), pointer(scale), pointer(bias), pointer(mean)},
-       {pointer(residual), pointer(scale_r), pointer(bias_r), pointer(mean_r)},
-       gate_of(gate),
-       y.data_ptr(),
-       mask_pointer(mask)});
+  variant_for(dtype).affine_act_forward({memory.shape(keep_mask), dtype, static_cast<int>(act),
+                                         affine.operand(x.data_ptr()), affine_r.operand(pointer(residual)),
+                                         gate_of(gate), y.data_ptr(), mask_pointer(mask)});
   return {y, mask};
 }
 
@@ -67,20 +54,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_forward(
   const Memory memory = memory_of(x);
   const Tensor y = memory.empty_output(x);
   const Tensor mask = memory.empty_mask(x, keep_mask);
-  const Tensor stats = empty_statistics(x, statistics), stats_r = empty_statistics(x, statistics_r);
+  const NormTensors norm{weight,
+                         bias,
+                         running_mean,
+                         running_var,
+                         empty_statistics(x, statistics),
+                         static_cast<Statistics>(statistics),
+                         momentum,
+                         eps};
+  const NormTensors norm_r{weight_r,
+                           bias_r,
+                           running_mean_r,
+                           running_var_r,
+                           empty_statistics(x, statistics_r),
+                           static_cast<Statistics>(statistics_r),
+                           momentum_r,
+                           eps_r};
   const DType dtype = dtype_of(x);
-  variant_for(dtype).bn_act_forward(
-      {memory.shape(keep_mask),
-       dtype,
-       static_cast<int>(act),
-       {x.data_ptr(), pointer(weight), pointer(bias), pointer(running_mean), pointer(running_var),
-        stats.data_ptr(), static_cast<Statistics>(statistics), momentum, eps},
-       {pointer(residual), pointer(weight_r), pointer(bias_r), pointer(running_mean_r),
-        pointer(running_var_r), stats_r.data_ptr(), static_cast<Statistics>(statistics_r), momentum_r, eps_r},
-       gate_of(gate),
-       y.data_ptr(),
-       mask_pointer(mask)});
-  return {y, stats, stats_r, mask};
+  variant_for(dtype).bn_act_forward({memory.shape(keep_mask), dtype, static_cast<int>(act),
+                                     norm.operand(x.data_ptr()), norm_r.operand(pointer(residual)),
+                                     gate_of(gate), y.data_ptr(), mask_pointer(mask)});
+  norm.write_back();
+  norm_r.write_back();
+  return {y, norm.stats, norm_r.stats, mask};
 }
 
 // What the backward kernels of both ops share: dy in x's memory order, and the seven results.
@@ -118,18 +114,12 @@ SevenTensors affine_act_backward(const Tensor& dy, const OptionalTensor& y, cons
                                  const OptionalTensor& bias_r, const OptionalTensor& mean_r,
                                  const OptionalTensor& gate, int64_t act, const std::vector<bool>& needs) {
   const BackwardTensors tensors(dy, y, mask, x, residual, gate, needs);
+  const AffineTensors affine{scale, bias, mean}, affine_r{scale_r, bias_r, mean_r};
   const DType dtype = dtype_of(dy);
   variant_for(dtype).affine_act_backward(
-      {tensors.memory.shape(mask.has_value()),
-       dtype,
-       static_cast<int>(act),
-       tensors.dense_dy.data_ptr(),
-       pointer(y),
-       static_cast<const uint8_t*>(pointer(mask)),
-       {pointer(x), pointer(scale), pointer(bias), pointer(mean)},
-       {pointer(residual), pointer(scale_r), pointer(bias_r), pointer(mean_r)},
-       gate_of(gate),
-       tensors.gradients()});
+      {tensors.memory.shape(mask.has_value()), dtype, static_cast<int>(act), tensors.dense_dy.data_ptr(),
+       pointer(y), static_cast<const uint8_t*>(pointer(mask)), affine.operand(pointer(x)),
+       affine_r.operand(pointer(residual)), gate_of(gate), tensors.gradients()});
   return tensors.results;
 }
 
@@ -140,13 +130,13 @@ SevenTensors bn_act_backward(const Tensor& dy, const OptionalTensor& y, const Op
                              const Tensor& stats_r, const OptionalTensor& gate, int64_t statistics,
                              int64_t statistics_r, int64_t act, const std::vector<bool>& needs) {
   const BackwardTensors tensors(dy, y, mask, x, residual, gate, needs);
+  const NormTensors norm = backward_norm(weight, bias, stats, statistics);
+  const NormTensors norm_r = backward_norm(weight_r, bias_r, stats_r, statistics_r);
   const DType dtype = dtype_of(dy);
-  variant_for(dtype).bn_act_backward(
-      {tensors.memory.shape(mask.has_value()), dtype, static_cast<int>(act), tensors.dense_dy.data_ptr(),
-       pointer(y), static_cast<const uint8_t*>(pointer(mask)),
-       norm_operand(pointer(x), weight, bias, stats, statistics),
-       norm_operand(pointer(residual), weight_r, bias_r, stats_r, statistics_r), gate_of(gate),
-       tensors.gradients()});
+  variant_for(dtype).bn_act_backward({tensors.memory.shape(mask.has_value()), dtype, static_cast<int>(act),
+                                      tensors.dense_dy.data_ptr(), pointer(y),
+                                      static_cast<const uint8_t*>(pointer(mask)), norm.operand(pointer(x)),
+                                      norm_r.operand(pointer(residual)), gate_of(gate), tensors.gradients()});
   return tensors.results;
 }
 
@@ -169,18 +159,20 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_pool_forward(
   const Memory pooled = memory.pooled(pool.rows.outputs, pool.columns.outputs);
   const Tensor y = pooled.empty_output(x);
   const Tensor choice = pooled.empty_bytes(x, keep_choice);
-  const Tensor stats = empty_statistics(x, statistics);
+  const NormTensors norm{weight,
+                         bias,
+                         running_mean,
+                         running_var,
+                         empty_statistics(x, statistics),
+                         static_cast<Statistics>(statistics),
+                         momentum,
+                         eps};
   const DType dtype = dtype_of(x);
-  variant_for(dtype).bn_act_pool_forward(
-      {memory.shape(true),
-       dtype,
-       static_cast<int>(act),
-       {x.data_ptr(), pointer(weight), pointer(bias), pointer(running_mean), pointer(running_var),
-        stats.data_ptr(), static_cast<Statistics>(statistics), momentum, eps},
-       pool,
-       y.data_ptr(),
-       mask_pointer(choice)});
-  return {y, stats, choice};
+  variant_for(dtype).bn_act_pool_forward({memory.shape(true), dtype, static_cast<int>(act),
+                                          norm.operand(x.data_ptr()), pool, y.data_ptr(),
+                                          mask_pointer(choice)});
+  norm.write_back();
+  return {y, norm.stats, choice};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_pool_backward(
@@ -193,11 +185,16 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_pool_backward(
   auto per_channel = [&](bool needed) { return empty_accumulation(x, {needed ? memory.channels : 0}); };
   const Tensor dx = needs[0] ? memory.empty_output(x) : empty_nothing(x);
   const Tensor dweight = per_channel(needs[1]), dbias = per_channel(needs[2]);
+  const NormTensors norm = backward_norm(weight, {}, stats, statistics);
   const DType dtype = dtype_of(x);
-  variant_for(dtype).bn_act_pool_backward(
-      {memory.shape(true), dtype, dense_dy.data_ptr(), static_cast<const uint8_t*>(choice.data_ptr()),
-       norm_operand(x.data_ptr(), weight, std::nullopt, stats, statistics), pool,
-       Gradients{result_pointer(dx), result_pointer(dweight), result_pointer(dbias)}});
+  variant_for(dtype).bn_act_pool_backward({memory.shape(true),
+                                           dtype,
+                                           dense_dy.data_ptr(),
+                                           static_cast<const uint8_t*>(choice.data_ptr()),
+                                           norm.operand(x.data_ptr()),
+                                           pool,
+                                           {result_pointer(dx), result_pointer(dweight),
+                                            result_pointer(dbias), nullptr, nullptr, nullptr, nullptr}});
   return {dx, dweight, dbias};
 }
 

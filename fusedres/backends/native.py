@@ -19,7 +19,7 @@ def objection(request: Request) -> str | None:
     if request.layout == "strided":
         return "x is neither contiguous nor channels_last; call x.contiguous() first"
     accumulation = torch.promote_types(request.dtype, torch.float32)
-    if request.parameter_dtype not in (None, accumulation):
+    if request.parameter_dtype not in (None, accumulation, request.dtype):
         return (
             f"for {request.dtype} its kernels take {accumulation} parameters and running statistics, "
             f"not {request.parameter_dtype}; keep the norm in {accumulation}"
