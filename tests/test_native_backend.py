@@ -104,6 +104,41 @@ def test_volumes_are_served_in_both_memory_orders(order):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(6, 35), (6, 35, 1, 1), (6, 40)], ids=str)
+def test_the_mask_of_one_pixel_planes_has_rows_of_channels(shape):
+    x, r = (torch.randn(shape).requires_grad_() for _ in range(2))
+    with fusedres.use_backend("native"):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = ops.bn_act(x, ops.Norm(training=True), residual=r)
+    (mask,) = (t for t in kept if t.dtype == torch.uint8)
+    assert mask.shape == (6, 5)
+    dx, dr = torch.autograd.grad(y.sum(), [x, r])
+    assert dx.stride() == x.stride() and dr.stride() == r.stride()
+    assert torch.equal(dr, (y > 0).float())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fewer_planes_than_threads_are_shared_out(training):
+    """Two planes of several pieces each, the last of them odd: the same bits, whatever the threads."""
+    x, r = (torch.randn(1, 2, 301, 333).requires_grad_() for _ in range(2))
+    outcomes = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            with fusedres.use_backend("native"):
+                y = ops.bn_act(x, ops.Norm(None, None, torch.zeros(2), torch.ones(2), training), residual=r)
+                outcomes.append([y, *torch.autograd.grad(y, [x, r], torch.ones(()).expand(y.shape))])
+        finally:
+            torch.set_num_threads(1)
+    with fusedres.use_backend("reference"):
+        y = ops.bn_act(x, ops.Norm(None, None, torch.zeros(2), torch.ones(2), training), residual=r)
+        expected = [y, *torch.autograd.grad(y, [x, r], torch.ones(()).expand(y.shape))]
+    for one, three, eager in zip(*outcomes, expected, strict=True):
+        assert torch.equal(one, three)
+        torch.testing.assert_close(one, eager, atol=1e-5, rtol=1e-5)
+
+
 def in_process(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     package = str(Path(fusedres.__file__).parents[1])  # a checkout need not be installed
     environment = {**os.environ, "FUSEDRES_CPU_ISA": isa, "PYTHONPATH": package}

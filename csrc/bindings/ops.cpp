@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_pool_forward(
                          momentum,
                          eps};
   const DType dtype = dtype_of(x);
-  variant_for(dtype).bn_act_pool_forward({memory.shape(true), dtype, static_cast<int>(act),
+  variant_for(dtype).bn_act_pool_forward({memory.shape(memory.order()), dtype, static_cast<int>(act),
                                           norm.operand(x.data_ptr()), pool, y.data_ptr(),
                                           mask_pointer(choice)});
   norm.write_back();
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_pool_backward(
   const Tensor dweight = per_channel(needs[1]), dbias = per_channel(needs[2]);
   const NormTensors norm = backward_norm(weight, {}, stats, statistics);
   const DType dtype = dtype_of(x);
-  variant_for(dtype).bn_act_pool_backward({memory.shape(true),
+  variant_for(dtype).bn_act_pool_backward({memory.shape(memory.order()),
                                            dtype,
                                            dense_dy.data_ptr(),
                                            static_cast<const uint8_t*>(choice.data_ptr()),

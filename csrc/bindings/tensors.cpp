@@ -100,7 +100,8 @@ Memory memory_of(const Tensor& x) {
 
 Memory memory_of_backward(const Tensor& dy, const std::optional<Tensor>& y, const std::optional<Tensor>& mask,
                           const std::optional<Tensor>& x, const std::optional<Tensor>& residual) {
-  if (mask) return memory_of(dy, mask->dim() == 2);
+  const bool one_pixel = dy.numel() == dy.size(0) * dy.size(1);
+  if (mask && !one_pixel) return memory_of(dy, mask->dim() == 2);
   for (const auto* told : {&y, &x, &residual})
     if (*told) return memory_of(**told);
   return memory_of(dy);
@@ -121,7 +122,7 @@ Tensor Memory::empty_bytes(const Tensor& like, bool keep) const {
 
 Tensor Memory::empty_mask(const Tensor& like, bool keep) const {
   if (!keep) return empty_strided(like, aoti_torch_dtype_uint8(), {0}, {1});
-  const std::vector<int64_t> mask_sizes = channels_last
+  const std::vector<int64_t> mask_sizes = mask_by_pixels()
                                               ? std::vector<int64_t>{images * pixels, (channels + 7) / 8}
                                               : std::vector<int64_t>{images, channels, (pixels + 7) / 8};
   return empty_strided(like, aoti_torch_dtype_uint8(), mask_sizes, contiguous_strides(mask_sizes));

@@ -45,11 +45,16 @@ struct Memory {
   int64_t channels;
   int64_t pixels;
 
+  // Rows of the mask, which begin on a byte each, are pixels and not planes.
+  bool mask_by_pixels() const { return channels_last || pixels == 1; }
   // In the memory order of the mask, if there is one; else in whichever order serves ambiguous cases best.
   Shape shape(bool with_mask) const {
-    const bool as_pixels = with_mask ? channels_last : pixels == 1 || (channels_last && channels > 1);
-    return {images, channels, pixels, as_pixels ? Order::kPixels : Order::kPlanes};
+    return shape(pixels == 1 || (channels_last && (with_mask || channels > 1)) ? Order::kPixels
+                                                                               : Order::kPlanes);
   }
+  Shape shape(Order order) const { return {images, channels, pixels, order}; }
+  // By the strides alone: what else is stored in this order may have other pixels.
+  Order order() const { return channels_last ? Order::kPixels : Order::kPlanes; }
   // Of y, whose images have these sizes.
   Memory pooled(int64_t height, int64_t width) const;
   Tensor empty_output(const Tensor& like) const;

@@ -147,14 +147,15 @@ def is_channels_last(y: Tensor) -> bool:
 def empty_mask(y: Tensor, keep: bool) -> Tensor:
     """One bit an element, least significant first; every row begins on a byte.
 
-    A row is a pixel of channels_last, shape (N*H*W, bytes), or a plane of contiguous, shape (N, C, bytes): the
-    backward reads the order off the number of dimensions, whatever order dy comes in.
+    A row is a pixel of channels_last, shape (N*H*W, bytes), or a plane of contiguous, shape (N, C, bytes), unless a
+    plane is one pixel: the backward reads the order off the number of dimensions, whatever order dy comes in.
     """
     if not keep or y.numel() == 0:
         return y.new_empty(0, dtype=torch.uint8)
     n, c, *_ = y.shape
     pixels = y.numel() // (n * c)
-    shape = (n * pixels, (c + 7) // 8) if is_channels_last(y) else (n, c, (pixels + 7) // 8)
+    by_pixels = pixels == 1 or is_channels_last(y)
+    shape = (n * pixels, (c + 7) // 8) if by_pixels else (n, c, (pixels + 7) // 8)
     return y.new_empty(shape, dtype=torch.uint8)
 
 
