@@ -89,20 +89,24 @@ FUSEDRES_INLINE void reduce_planes(const Shape shape, Parts::Range images, int64
   }
 }
 
-// Channels of one unit of work.
+// Channels of one unit of work: of planes few enough that large ones occupy all threads. No sum depends on
+// it.
 template <Order kOrder>
-constexpr int64_t kUnitChannels = kOrder == Order::kPixels ? kChannelTile : 16;
+FUSEDRES_INLINE int64_t unit_channels(const Shape& shape, const Parts& parts) {
+  if constexpr (kOrder == Order::kPixels) return kChannelTile;
+  return minimum<int64_t>(16, ceil_div(kGrainElements, parts.length * shape.pixels));
+}
 
 // body(part, first channel, last channel) for every piece of a sum, by all threads.
 template <Order kOrder, class Body>
 void for_each_part(const Shape& shape, const Parts& parts, const Body& body) {
-  constexpr int64_t kChannels = kUnitChannels<kOrder>;
-  const int64_t tiles = ceil_div(shape.channels, kChannels);
+  const int64_t channels = unit_channels<kOrder>(shape, parts);
+  const int64_t tiles = ceil_div(shape.channels, channels);
   const int64_t each = maximum<int64_t>(1, shape.elements() / (parts.count * tiles));
   parallel(parts.count * tiles, each, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit % tiles * kChannels;
-      body(unit / tiles, first, minimum(first + kChannels, shape.channels));
+      const int64_t first = unit % tiles * channels;
+      body(unit / tiles, first, minimum(first + channels, shape.channels));
     }
   });
 }

@@ -63,12 +63,14 @@ FUSEDRES_INLINE void along_channels(const Shape& shape, int64_t row, int64_t fir
   if (at.channel < last) body(at, FirstLanes{static_cast<int>(last - at.channel)});
 }
 
-// body(place, lanes) for every vector of one plane.
+// body(place, lanes) for every vector of pixels [begin, end) of one plane; `begin` is a multiple of 8.
 template <class A, class Body>
-FUSEDRES_INLINE void along_plane(const Shape& shape, int64_t plane, int64_t gated, const Body& body) {
+FUSEDRES_INLINE void along_plane(const Shape& shape, int64_t plane, int64_t begin, int64_t end, int64_t gated,
+                                 const Body& body) {
   constexpr int64_t kLanes = Vec<A>::kLanes;
-  Place at{plane * shape.pixels, plane * shape.mask_row_bytes(), plane % shape.channels, gated};
-  int64_t left = shape.pixels;
+  Place at{plane * shape.pixels + begin, plane * shape.mask_row_bytes() + begin / 8, plane % shape.channels,
+           gated};
+  int64_t left = end - begin;
   for (; left >= kLanes; left -= kLanes, at.element += kLanes, at.mask += kLanes / 8) body(at, AllLanes{});
   if (left > 0) body(at, FirstLanes{static_cast<int>(left)});
 }
@@ -85,13 +87,19 @@ constexpr int64_t kRowTile = 64;
 template <class A, Order kOrder, class Body>
 void for_each_vector(const Shape& all, int64_t image_stride, const Body& body_for_all) {
   if constexpr (kOrder == Order::kPlanes) {
-    parallel(all.images * all.channels, all.pixels, [&](int64_t begin, int64_t end) {
-      const Shape shape = all;
-      const Body body = body_for_all;
-      for (int64_t plane = end; plane-- > begin;)
-        along_plane<A>(shape, plane, plane / shape.channels * image_stride, body);
-      end_stream();
-    });
+    // Planes may be fewer than threads.
+    const int64_t pieces = ceil_div(all.pixels, kGrainElements);
+    parallel(all.images * all.channels * pieces, minimum(all.pixels, kGrainElements),
+             [&](int64_t begin, int64_t end) {
+               const Shape shape = all;
+               const Body body = body_for_all;
+               for (int64_t piece = end; piece-- > begin;) {
+                 const int64_t plane = piece / pieces, first = piece % pieces * kGrainElements;
+                 along_plane<A>(shape, plane, first, minimum(first + kGrainElements, shape.pixels),
+                                plane / shape.channels * image_stride, body);
+               }
+               end_stream();
+             });
   } else {
     parallel(all.rows(), all.channels, [&](int64_t begin, int64_t end) {
       const Shape shape = all;
