@@ -8,13 +8,13 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 PIP := -m pip --disable-pip-version-check --no-input install -qq
-CSRC = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CSRC = $(shell find csrc tests/sanitize -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 BENCHMARKS = $(wildcard benchmarks/test_*.py)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-full test-oldest lint format package bench measured errors coverage clean
+.PHONY: help venv demo test test-full test-oldest test-san lint format package bench measured errors coverage clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ test-full: $(VENV)/dev.stamp  ## every test, the slow ones too
 
 test-oldest: $(OLDEST)/dev.stamp  ## the tests with the oldest supported torch (its CUDA build, 5 GB)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --durations=20 --doctest-modules tests fusedres $(ARGS)
+
+test-san: $(VENV)/runtime.stamp  ## every CPU kernel under AddressSanitizer and UndefinedBehaviorSanitizer (compiles for minutes)
+	$(BIN)/python tests/sanitize/run.py $(ARGS)
 
 venv: $(VENV)/dev.stamp  ## install everything that the other targets need
 
