@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 
 import pytest
@@ -44,6 +45,13 @@ def test_the_derivative_is_autograds_also_at_kinks_and_nan(row: Activation) -> N
 @ROWS
 def test_a_row_is_pickled_by_its_name(row: Activation) -> None:
     assert pickle.loads(pickle.dumps(row)) is row
+
+
+def test_triton_has_every_activation_under_its_code() -> None:
+    pytest.importorskip("triton")
+    stated = importlib.import_module("fusedres.backends.triton.epilogue")
+    codes = {name.lower(): value.value for name, value in vars(stated).items() if name.isupper()}
+    assert codes == {row.name: row.code for row in CATALOGUE}
 
 
 def test_an_unknown_name_is_answered_with_the_list() -> None:

@@ -1,0 +1,88 @@
+"""Triton's kernels on CPU tensors, run by its interpreter: to be imported first in a process with TRITON_INTERPRET=1.
+
+Two things stand in for a GPU: a device of one processor, so that small tensors are cut into few parts, merged two at a
+time, and the rounding to bfloat16, which the interpreter truncates and hardware does to nearest even. Every load and
+store is held to the tensors of its launch.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from fusedres.backends.triton import BACKEND, apply, launch, operand_objection
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "kernels are bound to the interpreter when they are decorated"
+
+launch.device_of = lambda device: launch.Device("interpreter", 90, 1)
+launch.PARTS_AT_ONCE = 2
+
+INTERPRETED = replace(BACKEND, name="interpreted", objection=operand_objection, keys=("CPU",))
+
+# triton.language is patched at every call of every function, which takes most of the time. Once will do.
+for _function in (apply.apply.fn, tl.sum.fn):
+    interpreter._patch_lang(_function)
+interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+
+_cast = InterpreterBuilder.cast_impl
+
+
+def _cast_bfloat16(builder: InterpreterBuilder, source: TensorHandle, dtype: tl.dtype) -> TensorHandle:
+    before, after = source.dtype.scalar, dtype.scalar
+    if tl.bfloat16 not in (before, after):
+        return _cast(builder, source, dtype)
+    if before == tl.bfloat16:
+        wide = (source.data.astype(np.uint32) << 16).view(np.float32)
+        return (
+            _cast(builder, TensorHandle(wide, tl.float32), dtype) if after != tl.float32 else TensorHandle(wide, after)
+        )
+    narrow = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.uint16)
+    return TensorHandle(narrow.numpy(), after)
+
+
+InterpreterBuilder.cast_impl = _cast_bfloat16
+
+_allowed: list[tuple[int, int]] = []  # first byte and end of the tensors of the launch under way
+_launch, _load, _store = launch.launch, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+
+def _launch_watched(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], *rest: Any) -> None:
+    tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
+    spans = [sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1 for t in tensors]
+    _allowed[:] = [
+        (t.data_ptr(), t.data_ptr() + span * t.element_size()) for t, span in zip(tensors, spans, strict=True)
+    ]
+    _launch(kernel, grid, arguments, *rest)
+
+
+def _require_allowed(pointers: TensorHandle, mask: TensorHandle) -> None:
+    touched = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))[mask.data]
+    within = np.zeros(touched.shape, bool)
+    for first, end in _allowed:
+        within |= (touched >= first) & (touched < end)
+    assert within.all(), "a kernel touched memory outside the tensors of its launch"
+
+
+def _load_watched(builder: InterpreterBuilder, pointers: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
+    _require_allowed(pointers, mask)
+    return _load(builder, pointers, mask, *rest)
+
+
+def _store_watched(
+    builder: InterpreterBuilder, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any
+) -> None:
+    _require_allowed(pointers, mask)
+    _store(builder, pointers, value, mask, *rest)
+
+
+launch.launch = _launch_watched
+InterpreterBuilder.create_masked_load = _load_watched
+InterpreterBuilder.create_masked_store = _store_watched

@@ -1,0 +1,179 @@
+"""Tests of the Triton kernels in its interpreter; `test_triton_interpreted.py` runs them in a process of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from interpreted import INTERPRETED
+from interpreted_mutants import MUTANTS
+
+import fusedres
+from fusedres import numerics, testing
+from fusedres.backends import Statistics
+from fusedres.epilogue import CATALOGUE, Activation
+from fusedres.ops import Norm, affine_act, bn_act, kernels
+
+pytestmark = [
+    pytest.mark.usefixtures("interpreted"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, at the infinities and NaN of the cases
+]
+COUNT = 400
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    fusedres.ops.register_backend(INTERPRETED)
+    with fusedres.use_backend("interpreted"):
+        yield
+    fusedres.ops.unregister_backend(INTERPRETED)
+
+
+def served_cases() -> list[testing.Case]:
+    """Cases that the kernels take; what they object to is looked at in test_triton.py."""
+    served = [
+        case
+        for case in testing.cases(8 * COUNT, large=0)
+        if case.layout in ("contiguous", "channels_last") and case.residual not in ("other layout", "stride 0")
+    ]
+    return served[:: len(served) // COUNT][:COUNT]
+
+
+@pytest.fixture(scope="module")
+def comparisons(interpreted) -> list[numerics.Comparison]:
+    return [comparison for case in served_cases() for comparison in numerics.compare(case)]
+
+
+def test_every_quantity_of_every_shared_case_is_within_the_bar(comparisons: list[numerics.Comparison]) -> None:
+    assert not [comparison for comparison in comparisons if comparison.fails_alone()]
+
+
+def test_pooled_errors_are_within_the_bar(comparisons: list[numerics.Comparison]) -> None:
+    """Pooled over layouts and value classes too: there are few cases of each group."""
+    pooled = [replace(row, case=replace(row.case, layout="", values="")) for row in comparisons]
+    assert not [pool for pool in numerics.pools(pooled) if pool.fails()]
+
+
+@pytest.mark.parametrize("row", CATALOGUE, ids=lambda row: row.name)
+def test_every_activation_of_the_catalogue_is_its_formula(row: Activation) -> None:
+    kinks = [0.0, -0.0, 3.0, -3.0, 6.0, float("inf"), float("nan")]
+    special = torch.tensor(kinks if row.from_output else kinks[:5], dtype=torch.float64)
+    z = torch.cat([torch.randn(120, dtype=torch.float64) * 4, special]).view(1, -1).requires_grad_()
+    expected, found = row.formula(z), affine_act(z, act=row)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+    dy = torch.randn_like(z)
+    gradients = (torch.autograd.grad(y, z, dy)[0] for y in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_a_masked_nan_gradient_is_zero_and_relu_keeps_nan(interpreted) -> None:
+    x = torch.tensor([[-1.0, 2.0, float("nan")]], requires_grad=True)
+    for residual in (None, torch.zeros(1, 3)):
+        y = affine_act(x, residual=residual)
+        assert y.isnan().tolist() == [[False, False, True]]
+        (dx,) = torch.autograd.grad(y, x, torch.tensor([[float("nan"), 1.0, 1.0]]))
+        assert dx.tolist() == [[0.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_of_any_strides_is_taken(order: torch.memory_format) -> None:
+    x, r = (torch.randn(2, 4, 3, 2).contiguous(memory_format=order).requires_grad_() for _ in range(2))
+    running = torch.zeros(4), torch.ones(4)
+    dys = torch.ones(()).expand(x.shape), torch.randn(2, 4, 3, 2), torch.randn(3, 2, 4, 2).permute(3, 2, 0, 1)
+    for dy in dys:
+        results = []
+        for backend in ("interpreted", "reference"):
+            with fusedres.use_backend(backend):
+                y = bn_act(x, Norm(None, None, *running), residual=r)
+                results.append(torch.autograd.grad(y, (x, r), dy))
+        torch.testing.assert_close(*results)
+
+
+def test_the_same_call_gives_the_same_bits(interpreted) -> None:
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        x, r = torch.randn(2, 3, 40, 40, requires_grad=True), torch.randn(2, 3, 40, 40, requires_grad=True)
+        weight = torch.rand(3, requires_grad=True)
+        y = bn_act(x, Norm(weight, training=True), residual=r)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, r, weight))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0])
+def test_running_statistics_move_once(momentum: float) -> None:
+    x, (mean, var) = torch.randn(3, 5, 4, 4), (torch.randn(5), torch.rand(5))
+    expected = mean.clone(), var.clone()
+    bn_act(x, Norm(None, None, mean, var, True, momentum))
+    torch.nn.functional.batch_norm(x, *expected, training=True, momentum=momentum)
+    torch.testing.assert_close((mean, var), expected)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("keep_mask", [False, True])
+def test_the_results_have_the_fakes_shapes_and_strides(keep_mask: bool, order: torch.memory_format) -> None:
+    operators, opcheck = torch.ops.fusedres_interpreted, torch.library.opcheck
+    x, r = (torch.randn(2, 3, 4, 5).to(memory_format=order) for _ in range(2))
+    weight, bias, mean, var = torch.rand(3), torch.rand(3), torch.zeros(3), torch.ones(3)
+    scalars = (Statistics.BATCH.value, Statistics.RUNNING.value, 0.1, 0.2, 1e-5, 1e-4, 1)
+    gate = torch.rand(2, 1, 1, 1)
+    bn = (x, weight, bias, mean, var, r, weight, bias, mean.clone(), var.clone(), gate, *scalars)
+    opcheck(operators.bn_act_forward.default, (*bn, keep_mask), test_utils=("test_schema", "test_faketensor"))
+    y, stats, stats_r, mask = operators.bn_act_forward(*bn, keep_mask)
+    slope = (None, mask) if keep_mask else (y, None)
+    saved = (*slope, x, weight, bias, stats, r, weight, bias, stats_r, gate, 1, 2, 1)
+    for needs in ([True] * 7, [False] * 7, [True, False, True, False, True, False, True]):
+        arguments = (torch.randn_like(y), *saved, needs)
+        opcheck(operators.bn_act_backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_masks_are_laid_out_as_every_backend_lays_them_out(interpreted) -> None:
+    from python_backend import affine_act_forward
+
+    for shape in ((2, 3, 5, 5), (3, 35, 1, 1), (2, 16, 4, 4)):
+        for order in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape).contiguous(memory_format=order)
+            arguments = (x, *[None] * 8, 1, True)
+            found, expected = (
+                torch.ops.fusedres_interpreted.affine_act_forward(*arguments),
+                affine_act_forward(*arguments),
+            )
+            assert torch.equal(found[1], expected[1]) and found[1].shape == kernels.empty_mask(x, True).shape
+
+
+def mutation_cases() -> list[testing.Case]:
+    """Few cases that together meet every function of the kernels."""
+    base = testing.Case(
+        "bn_act",
+        torch.float32,
+        "channels_last",
+        (3, 35, 6, 4),
+        "mean1",
+        "training",
+        "projection",
+        "both",
+        "relu",
+        "all",
+        1,
+    )
+    return [
+        base,
+        replace(base, layout="contiguous", shape=(5, 16, 3, 11), values="mean1e4"),
+        replace(base, residual="none", gate="none", act="leaky_relu", values="mean1e7"),
+    ]
+
+
+def test_the_right_kernels_pass_the_mutation_cases(interpreted) -> None:
+    assert not [row for case in mutation_cases() for row in numerics.compare(case) if row.fails_alone()]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_a_wrong_kernel_fails(mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in MUTANTS[mutant]:
+        monkeypatch.setattr(module, name, mutant)
+    try:
+        failed = [row for case in mutation_cases() for row in numerics.compare(case) if row.fails_alone()]
+    except Exception as error:  # the interpreter wraps what a kernel raises in an exception of its own
+        failed = "outside the tensors of its launch" in str(error)
+    assert failed
