@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-full test-oldest test-san lint format package bench measured errors coverage clean
+.PHONY: help venv demo test test-full test-oldest test-san lint format package bench measured errors coverage compiled clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +67,9 @@ errors: $(VENV)/dev.stamp  ## regenerate docs/errors.md
 
 coverage: $(VENV)/dev.stamp  ## regenerate docs/coverage.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py docs/coverage.md
+
+compiled: $(VENV)/dev.stamp  ## regenerate docs/compiled.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compiled.py docs/compiled.md
 
 clean:  ## remove the environments and everything built
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,288 @@
+"""Write docs/compiled.md: what Triton's compiler makes of every kernel for every architecture, without a GPU.
+
+python benchmarks/compiled.py docs/compiled.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fusedres.backends.triton import affine_act, bn_act, configurations, launch
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+CAPABILITIES = tuple(configurations.ARCHITECTURES)
+AMD = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+REGISTERS = 65536  # of a processor
+SHARED_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One call of an op, by what changes the code of its kernels."""
+
+    name: str
+    op: str = "bn_act"
+    shape: tuple[int, ...] = (256, 256, 56, 56)
+    channels_last: bool = True
+    residual: str = "none"  # "plain", "projection"
+    act: int = 1
+    source: int = 1
+    gate: tuple[int, int] | None = None  # whether it differs between images, between channels
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows are whole vectors."""
+        return self.shape[1] % 16 == 0
+
+    @property
+    def keeps_mask(self) -> bool:
+        return self.act == 1 and self.residual != "none"
+
+
+INTERIOR = Form("interior")
+BLOCK_END = Form("block end", residual="plain")
+PROJECTION = Form("projection", residual="projection")
+FORMS = (
+    INTERIOR,
+    BLOCK_END,
+    PROJECTION,
+    Form("contiguous", residual="projection", channels_last=False),
+    Form("eval", source=2, residual="plain"),
+    Form("gate", residual="plain", gate=(1, 1)),
+    Form("silu", act=4, residual="plain"),
+    Form("gelu", act=5),
+    Form("affine", op="affine_act", residual="plain"),
+    Form("odd channels", shape=(8, 35, 9, 9), residual="projection"),
+    Form("odd planes", shape=(8, 35, 9, 9), residual="projection", channels_last=False),
+)
+TRAINED = (INTERIOR, BLOCK_END, PROJECTION)
+
+
+class Driver:
+    """A driver without a device: it names the target, which is all that compiling asks."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return self.target.arch if isinstance(self.target.arch, int) else AMD.index(self.target.arch)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel's machine code takes."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wide_loads: int  # of 128 bits, from global memory
+    loads: int
+    wide_stores: int
+    stores: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as one form of one architecture launches it."""
+
+    kernel: str
+    form: Form
+    dtype: torch.dtype
+    capability: int
+    warps: int
+    planned: int  # programs that the configuration means a processor to hold; 0 where it means none
+    usage: Usage
+
+    def resident(self) -> int:
+        """Programs that a processor's registers, which come in eights, and its shared memory allow."""
+        by_registers = REGISTERS // (-(-self.usage.registers // 8) * 8 * 32 * self.warps)
+        return min(by_registers, SHARED_KIB[self.capability] * 1024 // (self.usage.shared_bytes + 1024))
+
+
+@contextmanager
+def compiling(target: GPUTarget, capability: int, found: Callable[[Any, Any, int], None]) -> Iterator[None]:
+    """Launches are compiled for `target` and not run: `found(kernel, machine code, warps)`."""
+
+    def compile_only(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any], warps: int) -> None:
+        found(kernel, kernel.warmup(*arguments, grid=grid, **constants, num_warps=warps), warps)
+
+    previous = launch.launch, launch.device_of
+    launch.launch = compile_only
+    launch.device_of = lambda device: launch.Device("", capability, configurations.ARCHITECTURES[capability].processors)
+    driver.set_active(Driver(target))
+    try:
+        yield
+    finally:
+        launch.launch, launch.device_of = previous
+        if torch.cuda.is_available():
+            driver.reset_active()
+
+
+def call(form: Form, dtype: torch.dtype) -> None:
+    """The form's forward and backward on tensors without memory, which read as aligned."""
+    n, c, *_ = form.shape
+    wide = torch.promote_types(dtype, torch.float32)
+    memory_format = torch.channels_last if form.channels_last else torch.contiguous_format
+
+    def tensor() -> torch.Tensor:
+        return torch.empty(form.shape, dtype=dtype, device="meta").contiguous(memory_format=memory_format)
+
+    def channels(count: int) -> list[torch.Tensor]:
+        return [torch.empty(c, dtype=wide, device="meta") for _ in range(count)]
+
+    x, dy = tensor(), tensor()
+    r = None if form.residual == "none" else tensor()
+    projects = form.residual == "projection"
+    gate = None
+    if form.gate is not None:
+        gate = torch.empty((n if form.gate[0] else 1, c if form.gate[1] else 1, 1, 1), dtype=dtype, device="meta")
+    smooth = form.act > 3
+    needs = [True] * 3 + [r is not None] + [projects] * 2 + [gate is not None]
+    if form.op == "affine_act":
+        branch, shortcut = channels(3), channels(3) if projects else [None] * 3
+        y, mask = affine_act.affine_act_forward(x, *branch, r, *shortcut, gate, form.act, form.keeps_mask)
+        slope = (None if smooth or form.keeps_mask else y), (mask if form.keeps_mask else None)
+        affine_act.affine_act_backward(dy, *slope, x, *branch, r, *shortcut, gate, form.act, needs)
+        return
+    branch, shortcut = channels(4), channels(4) if projects else [None] * 4
+    sources = form.source, form.source if projects else 0
+    y, stats, stats_r, mask = bn_act.bn_act_forward(
+        x, *branch, r, *shortcut, gate, *sources, 0.1, 0.1, 1e-5, 1e-5, form.act, form.keeps_mask
+    )
+    slope = (None if smooth or form.keeps_mask else y), (mask if form.keeps_mask else None)
+    saved = x, *branch[:2], stats, r if projects or smooth else None, *shortcut[:2], stats_r, gate
+    bn_act.bn_act_backward(dy, *slope, *saved, *sources, form.act, needs)
+
+
+def compiled(form: Form, dtype: torch.dtype, capability: int) -> list[Compiled]:
+    """Every kernel that the form launches, in order, those of equal code once."""
+    rows: dict[bytes, Compiled] = {}
+    passes = {kind.name: kind for kind in configurations.PASSES}
+
+    def found(kernel: Any, code: Any, warps: int) -> None:
+        kind = passes.get(kernel.__name__.removesuffix("_parts"))
+        planned = 0 if kind is None else configurations.default(kind, capability, dtype.itemsize).programs
+        cubin = code.asm["cubin"]
+        rows[cubin] = Compiled(kernel.__name__, form, dtype, capability, warps, planned, usage(cubin))
+
+    with compiling(GPUTarget("cuda", capability, 32), capability, found):
+        call(form, dtype)
+    return list(rows.values())
+
+
+def compiled_for_amd(form: Form, dtype: torch.dtype, target: str) -> int:
+    """How many launches compile for an AMD target."""
+    binaries: list[bytes] = []
+    warp = 32 if target.startswith("gfx1") else 64
+    with compiling(GPUTarget("hip", target, warp), 90, lambda kernel, code, warps: binaries.append(code.asm["hsaco"])):
+        call(form, dtype)
+    return len(binaries)
+
+
+@cache
+def usage(cubin: bytes) -> Usage:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        resources, code = (
+            subprocess.run([str(TOOLS / tool), option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", resources)}
+    loads, stores = (re.findall(rf"\b{op}\.E\S*", code) for op in ("LDG", "STG"))
+    wide_loads, wide_stores = (sum(".128" in name for name in names) for names in (loads, stores))
+    spilled = numbers["STACK"] + numbers["LOCAL"]
+    return Usage(numbers["REG"], spilled, numbers["SHARED"], wide_loads, len(loads), wide_stores, len(stores))
+
+
+def matrix() -> Iterator[tuple[Form, torch.dtype, int]]:
+    """What is compiled: bf16's training forms everywhere, everything else for sm_90."""
+    bf16 = torch.bfloat16
+    yield from ((form, bf16, capability) for form, capability in itertools.product(TRAINED, CAPABILITIES))
+    yield from ((form, bf16, 90) for form in FORMS if form not in TRAINED)
+    yield from ((PROJECTION, dtype, 90) for dtype in (torch.float32, torch.float16, torch.float64))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def table(form: Form, dtype: torch.dtype, rows: list[Compiled]) -> Iterator[str]:
+    yield from ("", f"## {form.name}, {name_of(dtype)}", "")
+    columns = (
+        "kernel",
+        "target",
+        "warps",
+        "registers",
+        "spilled",
+        "shared",
+        "programs",
+        "128-bit loads",
+        "128-bit stores",
+    )
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for row in rows:
+        used = row.usage
+        programs = f"{row.resident()} / {row.planned or '-'}"
+        memory = f"{used.wide_loads} of {used.loads} | {used.wide_stores} of {used.stores}"
+        yield (
+            f"| {row.kernel} | sm_{row.capability} | {row.warps} | {used.registers} | {used.spilled_bytes} | "
+            f"{used.shared_bytes} | {programs} | {memory} |"
+        )
+
+
+def document() -> Iterator[str]:
+    yield "# Compiled kernels"
+    yield ""
+    yield (
+        f"Generated by `make compiled` with Triton {triton.__version__}: what its compiler makes of every kernel of "
+        "the Triton backend, for tensors whose pointers are aligned. Nothing here was timed. Programs are those that a "
+        "processor's registers and shared memory hold, and those that the configuration counts on. Loads and stores "
+        "are instructions on global memory, the wide ones of 128 bits: all on tensors whose rows are whole vectors; "
+        "masks, partial sums and what is per channel may be narrower."
+    )
+    groups: dict[tuple[Form, torch.dtype], list[Compiled]] = {}
+    for form, dtype, capability in matrix():
+        groups.setdefault((form, dtype), []).extend(compiled(form, dtype, capability))
+    for (form, dtype), rows in groups.items():
+        yield from table(form, dtype, rows)
+    yield from ("", "## AMD", "", "Compiled, never run: the backend objects to these devices.", "")
+    yield "| target | kernels of a block's end |"
+    yield "|---|---|"
+    for target in AMD:
+        yield f"| {target} | {compiled_for_amd(BLOCK_END, torch.bfloat16, target)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.parse_args().out.write_text("\n".join(document()) + "\n")
+
+
+if __name__ == "__main__":
+    main()

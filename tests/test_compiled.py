@@ -1,0 +1,61 @@
+"""What Triton's compiler makes of the kernels, for every architecture, without a GPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import compiled
+from compiled import AMD, BLOCK_END, FORMS, PROJECTION, TRAINED, Form, compiled_for_amd, matrix, name_of
+
+NARROW = 4  # accesses to masks that a kernel may have
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    """Compiled afresh, once a test process."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+
+
+@pytest.mark.parametrize(
+    "form, dtype, capability",
+    [pytest.param(*row, id=f"{row[0].name}-{name_of(row[1])}-sm_{row[2]}") for row in matrix()],
+)
+def test_nothing_spills_and_the_planned_programs_fit(form: Form, dtype: torch.dtype, capability: int) -> None:
+    rows = compiled.compiled(form, dtype, capability)
+    assert {row.kernel for row in rows} >= {"gradient_sums", "gradient_finish", "gradient_apply", "apply"}
+    for row in rows:
+        assert row.usage.spilled_bytes == 0, row
+        assert row.resident() >= row.planned, row
+        if row.planned and form.channels_last and form.aligned:
+            assert row.usage.loads - row.usage.wide_loads <= (NARROW if form.keeps_mask else 0), row
+            if "apply" in row.kernel:
+                assert row.usage.stores - row.usage.wide_stores <= (NARROW if form.keeps_mask else 0), row
+        if "apply" in row.kernel and form.aligned:
+            assert row.usage.wide_stores > 0, row
+
+
+def test_rows_that_are_not_aligned_have_no_wide_access() -> None:
+    """Else the counts above could not fail."""
+    odd = next(form for form in FORMS if not form.aligned and form.channels_last)
+    rows = compiled.compiled(odd, torch.bfloat16, 90)
+    assert rows and not any(row.usage.wide_loads + row.usage.wide_stores for row in rows)
+
+
+@pytest.mark.parametrize("target", AMD)
+def test_the_kernels_compile_for_amd(target: str) -> None:
+    assert compiled_for_amd(BLOCK_END, torch.bfloat16, target) == 6
+
+
+def test_the_matrix_has_every_architecture_form_and_dtype() -> None:
+    rows = list(matrix())
+    assert {(form, capability) for form, _, capability in rows} >= {(form, 90) for form in FORMS}
+    assert {row[2] for row in rows if row[0] in TRAINED} == {80, 86, 89, 90, 100, 120}
+    dtypes = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+    assert {dtype for form, dtype, _ in rows if form is PROJECTION} == dtypes
