@@ -52,9 +52,9 @@ class Pass:
         return config.programs * config.tile * together * itemsize * self.operands
 
 
-STATISTICS = Pass("statistics", True, 1, (Config(1024, 1, 4, 6), Config(1024, 2, 4, 6), Config(1024, 4, 4, 6)))
-APPLY = Pass("apply", False, 1, (Config(1024, 4, 4, 6), Config(2048, 4, 4, 4), Config(4096, 2, 4, 3)))
-GRADIENT_SUMS = Pass("gradient_sums", True, 2, (Config(1024, 1, 4, 5), Config(1024, 2, 4, 5), Config(1024, 4, 4, 4)))
+STATISTICS = Pass("statistics", True, 1, (Config(1024, 1, 4, 5), Config(1024, 2, 4, 5), Config(1024, 4, 4, 5)))
+APPLY = Pass("apply", False, 1, (Config(1024, 4, 4, 5), Config(2048, 4, 4, 4), Config(4096, 2, 4, 3)))
+GRADIENT_SUMS = Pass("gradient_sums", True, 2, (Config(1024, 1, 4, 4), Config(1024, 2, 4, 4), Config(1024, 4, 4, 4)))
 GRADIENT_APPLY = Pass("gradient_apply", False, 2, (Config(1024, 4, 4, 4), Config(2048, 4, 4, 4), Config(4096, 2, 8, 2)))
 PASSES = (STATISTICS, APPLY, GRADIENT_SUMS, GRADIENT_APPLY)
 

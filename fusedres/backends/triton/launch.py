@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from fusedres.backends.triton import tuned
 from fusedres.backends.triton.configurations import Config, Pass, blocks, default
 from fusedres.backends.triton.view import View
 
@@ -49,6 +52,27 @@ def device_of(device: torch.device) -> Device:
     return Device(facts.name, 10 * facts.major + facts.minor, facts.multi_processor_count)
 
 
+_forced: dict[str, Config] = {}  # by the pass's name
+
+
+@contextmanager
+def forced(kind: Pass, config: Config) -> Iterator[None]:
+    """Run a pass in this configuration: for tuning, and for tests."""
+    _forced[kind.name] = config
+    try:
+        yield
+    finally:
+        del _forced[kind.name]
+
+
+def chosen(kind: Pass, view: View, dtype: torch.dtype, device: Device) -> Config:
+    """The forced configuration, else the tuned one, else the default."""
+    if kind.name in _forced:
+        return _forced[kind.name]
+    found = tuned.find(device.name, tuned.key(kind, view, dtype))
+    return default(kind, device.capability, dtype.itemsize) if found is None else found
+
+
 class Plan(NamedTuple):
     """One pass over a tensor: its blocks and its programs."""
 
@@ -61,7 +85,7 @@ class Plan(NamedTuple):
     @staticmethod
     def of(kind: Pass, view: View, t: Tensor) -> Plan:
         device = device_of(t.device)
-        config = default(kind, device.capability, t.element_size())
+        config = chosen(kind, view, t.dtype, device)
         block = blocks(config, view, t.dtype)
         constants = {
             "CHANNELS_LAST": view.channels_last,

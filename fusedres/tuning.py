@@ -1,0 +1,129 @@
+"""Tuning the Triton backend for this GPU: every declared configuration is timed, and the fastest are kept.
+
+It runs only when it is called. Without it, the configurations that counting bytes in flight suggests are used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fusedres.backends import Statistics
+
+if TYPE_CHECKING:
+    from fusedres.backends.triton.configurations import Config
+
+# (N, C, H, W) of the norms of a ResNet-50 at batch 256.
+SHAPES = tuple(
+    (256, channels, side, side)
+    for side, widths in {
+        112: (64,),
+        56: (64, 128, 256),
+        28: (128, 256, 512),
+        14: (256, 512, 1024),
+        7: (512, 2048),
+    }.items()
+    for channels in widths
+)
+Call = Callable[[], object]
+
+
+def tune(
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    memory_format: torch.memory_format = torch.channels_last,
+    device: torch.device | str = "cuda",
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Time every configuration of every pass over tensors of these shapes; returns the table's file.
+
+    Args:
+        shapes: (N, C, H, W); what is found for one serves others with its channels and about its pixels.
+        progress: called with the timings done and the timings in all.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tuning times its launches, which a CUDA graph's capture can't; tune before the capture")
+    from fusedres.backends.triton import launch, tuned
+    from fusedres.backends.triton.configurations import PASSES
+    from fusedres.backends.triton.view import View
+
+    device = torch.device(device)
+    total = len(shapes) * len(dtypes) * sum(len(kind.configs) for kind in PASSES)
+    done, found = 0, {}
+    for shape, dtype in product(shapes, dtypes):
+        calls = _calls(shape, dtype, memory_format, device)
+        for kind in PASSES:
+            times: dict[Config, float] = {}
+            for config in kind.configs:
+                with launch.forced(kind, config):
+                    times[config] = time_ms(calls[kind.name], device)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=memory_format)
+            found[tuned.key(kind, View.of(x).merged(), dtype)] = min(times, key=times.__getitem__)
+    return tuned.save(launch.device_of(device).name, found)
+
+
+def time_ms(calls: Sequence[Call], device: torch.device, *, rounds: int = 20) -> float:
+    """The median of one call's milliseconds; `calls` are equal but for their buffers, and take turns."""
+    for call in calls:
+        call()
+    samples = []
+    for _ in range(rounds):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(device):
+            start.record()
+            for call in calls:
+                call()
+            stop.record()
+        stop.synchronize()
+        samples.append(start.elapsed_time(stop) / len(calls))
+    return median(samples)
+
+
+def _calls(
+    shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device
+) -> Mapping[str, Sequence[Call]]:
+    """By pass: calls of the op that runs it, a block's end in training, over more buffers than the cache holds."""
+    sets = max(2, math.ceil(4 * _cache_bytes(device) / (3 * math.prod(shape) * dtype.itemsize)))
+    pairs = [_forward_and_backward(shape, dtype, memory_format, device) for _ in range(sets)]
+    forward, backward = zip(*pairs, strict=True)
+    return {"statistics": forward, "apply": forward, "gradient_sums": backward, "gradient_apply": backward}
+
+
+def _forward_and_backward(
+    shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device
+) -> tuple[Call, Call]:
+    from fusedres.backends.triton.bn_act import bn_act_backward, bn_act_forward
+
+    x, r, dy = (torch.randn(shape, device=device).to(dtype, memory_format=memory_format) for _ in range(3))
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, bias = (torch.rand(shape[1], device=device, dtype=wide) for _ in range(2))
+    # Without running statistics: those that a network has must not move while it is tuned.
+    norm, shortcut = (weight, bias, None, None), (None, None, None, None)
+    scalars = (Statistics.BATCH.value, Statistics.ABSENT.value, 0.1, 0.1, 1e-5, 1e-5, 1)
+
+    def forward() -> tuple[Tensor, ...]:
+        return bn_act_forward(x, *norm, r, *shortcut, None, *scalars, True)
+
+    _, stats, stats_r, mask = forward()
+    saved = (None, mask, x, weight, bias, stats, None, None, None, stats_r, None)
+    needs = [True, True, True, True, False, False, False]
+
+    def backward() -> tuple[Tensor, ...]:
+        return bn_act_backward(dy, *saved, *scalars[:2], 1, needs)
+
+    return forward, backward
+
+
+def _cache_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
