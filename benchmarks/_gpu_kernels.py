@@ -1,0 +1,199 @@
+"""Stage `kernels`: whether the kernels that serve this device are right there, beyond what a small test can tell.
+
+The CUDA lines of this file have not been run yet: it was written where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from _gpu_stage import Run, one_line, release
+from timing import Report, graphed
+from torch import Tensor
+
+from fusedres import dispatch, numerics, testing
+from fusedres.backends import Request
+from fusedres.ops import Norm, bn_act
+
+THREADS, STREAMS = 8, 4
+LISTED = 20
+
+
+def kernels(run: Run, report: Report) -> list[str]:
+    """Every check, each on its own: one that fails, or runs out of memory, leaves the others."""
+    checks: dict[str, dict[str, Any]] = {}
+    report.data |= {"serves": serving(run), "checks": checks}
+    for check in (shared_cases, same_bits, graph_capture, threads_and_streams, past_2_31, out_of_memory):
+        try:
+            found = check(run)
+        except Exception as error:
+            found = {"wrong": [one_line(error)], "traceback": traceback.format_exc()}
+        checks[check.__name__] = found
+        report.save()
+        release(run)
+    return [f"{name}: {wrong}" for name, found in checks.items() for wrong in found["wrong"][:LISTED]]
+
+
+def summary(data: dict[str, Any]) -> Iterator[str]:
+    yield f"bn_act is served by {data.get('serves')}"
+    for name, found in data.get("checks", {}).items():
+        yield f"{name:20} {'right' if not found['wrong'] else 'WRONG'} {found.get('what', '')}"
+
+
+def serving(run: Run) -> str:
+    request = Request("bn_act", run.device.type, torch.bfloat16, "channels_last", "relu", 1, torch.float32)
+    return dispatch.choose(request).name
+
+
+def shared_cases(run: Run) -> dict[str, Any]:
+    """Each case's bar and the pooled one, against eager on this device."""
+    cases = testing.cases(*run.pick((2000,), (20,)), large=run.pick(12, 0))
+    rows = [row for case in cases for row in numerics.compare(case, run.device)]
+    alone = [f"{row.case} {row.quantity}: {row.error} beside {row.eager_error}" for row in rows if row.fails_alone()]
+    pooled = [str(pool) for pool in numerics.pools(rows) if pool.fails()] if not run.tiny else []
+    return {"wrong": alone + pooled, "what": f"{len(cases)} cases"}
+
+
+class Step:
+    """A block's end in training: its tensors, and one forward and backward over them."""
+
+    def __init__(self, run: Run, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
+        generator = torch.Generator(run.device).manual_seed(seed)
+
+        def normal(*sizes: int) -> Tensor:
+            return torch.randn(sizes, generator=generator, device=run.device, dtype=dtype)
+
+        self.x, self.r, self.dy = (normal(*shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
+        self.x.requires_grad_()
+        self.r.requires_grad_()
+        self.weight, self.bias = (normal(shape[1]).float().requires_grad_() for _ in range(2))
+
+    def __call__(self) -> list[Tensor]:
+        y = bn_act(self.x, Norm(self.weight, self.bias, training=True), residual=self.r)
+        return [y.detach(), *torch.autograd.grad(y, (self.x, self.r, self.weight, self.bias), self.dy)]
+
+
+def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def same_bits(run: Run) -> dict[str, Any]:
+    """Twice the same call."""
+    wrong = []
+    for shape in run.pick(((64, 256, 56, 56), (64, 2048, 7, 7), (8, 35, 9, 9)), ((2, 8, 4, 4),)):
+        step = Step(run, shape)
+        if not equal(step(), step()):
+            wrong.append(f"two runs over {shape} differ")
+    return {"wrong": wrong}
+
+
+def graph_capture(run: Run) -> dict[str, Any]:
+    """A captured step, replayed over new contents, equals the step itself."""
+    if not run.cuda:
+        return {"wrong": [], "what": "needs CUDA"}
+    step = Step(run, run.pick((64, 256, 56, 56), (2, 8, 4, 4)))
+    replay: Callable[[], Any] = graphed(step)
+    with torch.no_grad():
+        step.x.normal_()
+    found = [t.clone() for t in replay()]
+    return {"wrong": [] if equal(found, step()) else ["the replay differs from the step"]}
+
+
+def threads_and_streams(run: Run) -> dict[str, Any]:
+    """Every thread runs its own step on four streams in turn; all must equal what one thread computed."""
+    steps = [Step(run, run.pick((16, 256, 28, 28), (2, 8, 4, 4)), seed=seed) for seed in range(THREADS)]
+    expected = [step() for step in steps]
+    if run.cuda:
+        torch.cuda.synchronize(run.device)
+
+    def repeat(index: int) -> list[str]:
+        wrong = []
+        streams = [torch.cuda.Stream(run.device) for _ in range(STREAMS)] if run.cuda else [None]
+        for repetition in range(run.pick(50, 2)):
+            stream = streams[repetition % len(streams)]
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                found = steps[index]()
+            if stream is not None:
+                stream.synchronize()
+            if not equal(found, expected[index]):
+                wrong.append(f"thread {index}, repetition {repetition}")
+        return wrong
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        found = [wrong for wrongs in threads.map(repeat, range(THREADS)) for wrong in wrongs]
+    return {"wrong": found, "what": f"{THREADS} threads x {STREAMS} streams"}
+
+
+def past_2_31(run: Run) -> dict[str, Any]:
+    """First and last images of more than 2^31 elements, against the formula on those images."""
+    wrong = []
+    shape = run.pick((1400, 128, 112, 112), (4, 8, 4, 4))
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        x, r, dy = (
+            torch.randn(shape, device=run.device, dtype=torch.bfloat16).contiguous(memory_format=memory_format)
+            for _ in range(3)
+        )
+        x.requires_grad_()
+        y = bn_act(x, Norm(training=True), residual=r)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        expected = two_images(x.detach(), r, dy, y.detach())
+        for name, t, (first, last) in (("y", y.detach(), expected[:2]), ("dx", dx, expected[2:])):
+            for index, truth in ((0, first), (-1, last)):
+                distance = float((t[index].float() - truth).norm() / truth.norm())
+                if not distance < 4e-3:  # half a bf16 ulp is 2e-3 of a value
+                    wrong.append(f"{name}[{index}] in {memory_format}: off by {distance:.1e}")
+        del x, r, dy, y, dx, expected
+        release(run)
+    return {"wrong": wrong, "what": f"{shape}"}
+
+
+def two_images(x: Tensor, r: Tensor, dy: Tensor, y: Tensor) -> list[Tensor]:
+    """y and dx of the first and last image, in fp32, with sums over all images taken in fp64."""
+    count = x.numel() // x.shape[1]
+    mean, square, sum_g, sum_gx = (torch.zeros(x.shape[1], dtype=torch.float64, device=x.device) for _ in range(4))
+    for image in x:
+        mean += image.double().sum((1, 2)) / count
+    for image in x:
+        square += (image.double() - mean[:, None, None]).square().sum((1, 2)) / count
+    rstd = (square + 1e-5).rsqrt()
+
+    def xhat(index: int) -> Tensor:
+        return (x[index].double() - mean[:, None, None]) * rstd[:, None, None]
+
+    def g(index: int) -> Tensor:
+        return torch.where(y[index] <= 0, 0.0, dy[index].double())
+
+    for index in range(len(x)):
+        sum_g += g(index).sum((1, 2)) / count
+        sum_gx += (g(index) * xhat(index)).sum((1, 2)) / count
+    ys = [torch.relu(xhat(index) + r[index].double()).float() for index in (0, -1)]
+    dxs = [
+        (rstd[:, None, None] * (g(i) - sum_g[:, None, None] - xhat(i) * sum_gx[:, None, None])).float() for i in (0, -1)
+    ]
+    return [*ys, *dxs]
+
+
+def out_of_memory(run: Run) -> dict[str, Any]:
+    """A step that runs out of memory half-way leaves the next one right."""
+    if not run.cuda:
+        return {"wrong": [], "what": "needs CUDA"}
+    step = Step(run, run.pick((64, 256, 56, 56), (2, 8, 4, 4)))
+    expected = step()
+    size = step.x.numel() * step.x.element_size()
+    free = torch.cuda.mem_get_info(run.device)[0]
+    hoard = torch.empty(max(0, free - size // 2 - (64 << 20)), dtype=torch.uint8, device=run.device)
+    release(run)
+    try:
+        kept = [step() for _ in range(4)]
+    except torch.cuda.OutOfMemoryError:
+        kept = []
+    else:
+        return {"wrong": [f"{len(kept)} steps fitted into half the memory of one"]}
+    del hoard
+    release(run)
+    return {"wrong": [] if equal(step(), expected) else ["the step after running out of memory differs"]}
