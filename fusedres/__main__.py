@@ -1,25 +1,40 @@
-"""python -m fusedres build: compile the native library now instead of at first use."""
+"""python -m fusedres: what a machine has and whether it works; comparisons and profiles of whole models.
+
+`info`, `doctor` and `build` need nothing but torch. The other commands need the extra `cli`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 
-from fusedres.build import BuildError, build
-from fusedres.native_sources import NATIVE
+from fusedres import commands
+
+CLI_PACKAGES = ("typer", "rich", "matplotlib")
 
 
 def main() -> int:
+    if all(find_spec(package) for package in CLI_PACKAGES):
+        from fusedres import cli
+
+        return cli.main()
     parser = argparse.ArgumentParser(prog="python -m fusedres", description="fused residual blocks for PyTorch")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("build", help="compile the native library now instead of at first use")
-    parser.parse_args()
-    try:
-        print(build(NATIVE))  # noqa: T201  what the command is for
-    except BuildError as error:
-        print(f"fusedres: {error}", file=sys.stderr)  # noqa: T201
-        return 1
-    return 0
+    choices = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    information = choices.add_parser("info", help="versions, devices, caches, and which backend serves which op")
+    information.add_argument("--json", action="store_true", help="the same for programs")
+    choices.add_parser("doctor", help="try every op on every backend, and say how to mend what is missing")
+    choices.add_parser("build", help="compile the native library now instead of at first use")
+    for name in ("bench", "profile", "tune", "cache"):
+        choices.add_parser(name, help="needs: pip install 'fusedres[cli]'", add_help=False)
+    options, _ = parser.parse_known_args()
+    if options.command == "info":
+        return commands.info(as_json=options.json)
+    if options.command == "doctor":
+        return commands.doctor()
+    if options.command == "build":
+        return commands.build()
+    return commands.fail(f"{options.command} needs {', '.join(CLI_PACKAGES)}: pip install 'fusedres[cli]'")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,34 @@ def build(target: Target, into: Path | None = None) -> Path:
         raise BuildError(_sentence(error)) from error
 
 
+def prune(target: Target, *, keep_current: bool = True) -> list[Path]:
+    """Remove the entries of older keys from the user's cache, what killed builds left behind too; returns the entries.
+
+    Other environments that share the cache lose theirs as well, and build them again when they need them.
+    """
+    root = cache.location()
+    if not root.exists():
+        return []
+    cache.open_private(root)
+    waiting = Progress(f"waiting for another process, which builds in {root}", 0)
+    with cache.locked(root, waiting.update):
+        cache.remove_leftovers(root)
+        current = root / entry_name(target) if keep_current else None
+        old = [entry for entry in cache.entries(root) if entry != current]
+        for entry in old:
+            cache.discard(entry)
+    return old
+
+
+def entry_name(target: Target) -> str:
+    """The folder in the user's cache that this environment builds into."""
+    return _entry_name(key(target, compiler.find()))
+
+
+def _entry_name(wanted: Key) -> str:
+    return f"{wanted.target}-{wanted.digest()[:20]}"
+
+
 def _resolve(target: Target) -> Library | Unavailable:
     try:
         _require_linux()
@@ -168,7 +196,7 @@ def _cached(target: Target, *, jit: bool, on_purpose: bool = False) -> Library:
             raise
     else:
         wanted = key(target, chosen)
-        entry = root / f"{target.name}-{wanted.digest()[:20]}"
+        entry = root / _entry_name(wanted)
         path, fault = _usable(entry)
         if path is None:
             if not jit:

@@ -177,6 +177,16 @@ def discard(entry: Path) -> None:
         shutil.rmtree(entry)
 
 
+def entries(root: Path) -> list[Path]:
+    """The entries in a cache, of every key, each a folder with a manifest."""
+    return sorted(manifest.parent for manifest in root.glob(f"*/{MANIFEST}") if not manifest.parent.is_symlink())
+
+
+def size(entry: Path) -> int:
+    """The bytes of an entry's files."""
+    return sum(part.lstat().st_size for part in entry.iterdir())
+
+
 def recorded_key(entry: Path) -> dict[str, str]:
     """The key that an entry was made for."""
     return _manifest(entry)["key"]

@@ -37,6 +37,14 @@ class Choice:
     objections: Mapping[str, str]
 
 
+class Unserved(RuntimeError):  # noqa: N818  it is an answer
+    """The forced backend can't serve a request; `reason` is its objection."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"backend {name!r} was asked for, but {reason}")
+        self.reason = reason
+
+
 class Recorder:
     """Collects every choice made in a model's forward, under the block's name."""
 
@@ -93,7 +101,7 @@ def _first(request: Request) -> Backend:
         candidate = backend(_forced)
         reason = objection(candidate, request)
         if reason is not None:
-            raise RuntimeError(f"backend {_forced!r} was asked for, but {reason}")
+            raise Unserved(_forced, reason)
         return candidate
     for candidate in ORDER:
         if objection(candidate, request) is None:

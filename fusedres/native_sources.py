@@ -53,7 +53,7 @@ _X86_VARIANTS = {
 # -O2: without vector instructions unrolling makes the code long and not faster.
 VARIANTS = {"portable": ("-O2",), **(_X86_VARIANTS if platform.machine() in ("x86_64", "AMD64") else {})}
 
-PLAIN = ("cpu/arena.cpp", "cpu/isa.cpp")
+PLAIN = ("cpu/arena.cpp", "cpu/facts.cpp", "cpu/isa.cpp")
 
 # These include torch's headers, those of the stable ABI.
 BINDINGS = ("bindings/operands.cpp", "bindings/ops.cpp", "bindings/tensors.cpp")

@@ -25,6 +25,7 @@ from fusedres import ops
 from fusedres.backends import Affine, Norm, Window
 from fusedres.epilogue import find
 
+OPS = ("bn_act", "affine_act")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted")
 VALUES = ("normal", "mean1", "mean1e2", "mean1e4", "mean1e7", "constant", "nonfinite", "denormal")
@@ -72,7 +73,7 @@ def cases(count: int = 2000, *, large: int = 12, seed: int = 0) -> list[Case]:
         for values in VALUES
         for layout in LAYOUTS
         for dtype in DTYPES
-        for op in ("bn_act", "affine_act")
+        for op in OPS
         for mode in (("training", "eval") if op == "bn_act" else ("eval",))
     ]
     found = []

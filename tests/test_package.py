@@ -12,7 +12,11 @@ ROOT = Path(fusedres.__file__).parent
 
 # From the top down; a module imports from its own layer and from lower ones only.
 LAYERS = (
-    {"__main__", "numerics", "testing", "tuning"},
+    {"__main__"},
+    {"cli"},
+    {"bench", "commands"},
+    {"doctor", "machine"},
+    {"numerics", "testing", "tuning"},
     {"verification"},
     {"fusion"},
     {"eligibility", "families"},

@@ -1,0 +1,38 @@
+"""The commands that need nothing but torch; each returns the process's exit status."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from fusedres import build as building
+from fusedres import doctor as diagnosis
+from fusedres import machine
+from fusedres.native_sources import NATIVE
+
+
+def info(*, as_json: bool) -> int:
+    found = machine.facts()
+    print(json.dumps(found, indent=1) if as_json else machine.text(found))  # noqa: T201
+    return 0
+
+
+def doctor() -> int:
+    failed = False
+    for finding in diagnosis.examine():
+        print(finding, flush=True)  # noqa: T201
+        failed |= finding.status == diagnosis.FAILED
+    return int(failed)
+
+
+def build() -> int:
+    try:
+        print(building.build(NATIVE))  # noqa: T201
+    except building.BuildError as error:
+        return fail(str(error))
+    return 0
+
+
+def fail(message: str) -> int:
+    print(f"fusedres: {message}", file=sys.stderr)  # noqa: T201
+    return 1

@@ -1,0 +1,163 @@
+"""python -m fusedres: what each command prints, its exit status, and what remains of it without the extra."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import python_backend
+import torch
+
+import fusedres
+from fusedres import __main__ as entry
+from fusedres import build, cache, cli, doctor, machine
+from fusedres.native_sources import NATIVE, VARIANTS
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line in this process; returns its status, stdout and stderr."""
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["fusedres", *words])
+        monkeypatch.setattr(cli.console, "width", 200)
+        status = entry.main()
+        return status, *capsys.readouterr()
+
+    return command
+
+
+def test_info_names_versions_devices_and_who_serves_what(run):
+    status, printed, _ = run("info", "--json")
+    found = json.loads(printed)
+    assert status == 0
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["devices"][0]["device"] == "cpu"
+    assert {row["op"] for row in found["backends"]} == {"bn_act", "affine_act"}
+    assert {row["backend"] for row in found["backends"]} <= {"native", "reference"}
+    assert run("info")[1].count("channels_last") >= 8
+
+
+def test_info_says_why_a_backend_does_not_serve(run):
+    with fusedres.use_backend("reference"):
+        rows = machine.facts()["backends"]
+    assert {row["backend"] for row in rows} == {"reference"}
+
+
+def test_info_knows_the_variant_that_runs(native, run, monkeypatch):
+    library = json.loads(run("info", "--json")[1])["library"]
+    assert library["compiled_for"] == list(VARIANTS)
+    assert set(library["runs_as"].values()) <= set(VARIANTS)
+    assert library["runs_as"]["float64"] == "portable"
+
+
+def test_the_cap_on_the_instruction_set_shows(native):
+    environment = os.environ | {"FUSEDRES_CPU_ISA": "avx2"}
+    command = [sys.executable, "-W", "error", "-m", "fusedres", "info", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["library"]["runs_as"]["float32"] in ("avx2", "portable")
+    assert found["environment"]["FUSEDRES_CPU_ISA"] == "avx2"
+
+
+def test_doctor_finds_nothing_wrong(run):
+    status, printed, _ = run("doctor")
+    assert status == 0
+    assert "ok      bn_act on reference, cpu" in printed
+    assert doctor.FAILED not in printed
+
+
+def test_doctor_finds_a_wrong_kernel(run):
+    def off(*arguments):
+        y, *others = python_backend.BACKEND.kernels["affine_act_forward"](*arguments)
+        return (y * 1.01, *others)
+
+    kernels = {**python_backend.BACKEND.kernels, "affine_act_forward": off}
+    broken = replace(python_backend.BACKEND, name="broken", kernels=kernels)
+    fusedres.ops.register_backend(broken)
+    try:
+        status, printed, _ = run("doctor")
+    finally:
+        fusedres.ops.unregister_backend(broken)
+    wrong = [line for line in printed.splitlines() if line.startswith(doctor.FAILED)]
+    assert status == 1
+    assert len(wrong) == 1 and "affine_act on broken" in wrong[0] and "y is off" in wrong[0]
+
+
+def test_doctor_gives_the_fix_for_what_is_missing(monkeypatch):
+    monkeypatch.setattr(build, "_resolved", {NATIVE: build.Unavailable("there is none; install g++")})
+    fusedres.dispatch.clear()
+    findings = {finding.subject: finding for finding in doctor.examine()}
+    fusedres.dispatch.clear()
+    assert findings["bn_act on native, cpu"].status == doctor.MISSING
+    assert "install g++" in findings["bn_act on native, cpu"].detail
+    assert findings["compiled library"].status == doctor.MISSING
+
+
+@pytest.fixture
+def two_entries(tmp_path, monkeypatch):
+    """A cache with the entry of this environment and an older one."""
+    monkeypatch.setenv("FUSEDRES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "entry_name", lambda target: "native-new")
+    root = cache.open_private(cache.location())
+    for name in ("native-new", "native-old"):
+        (root / name).mkdir()
+        (root / name / "native.so").write_bytes(b"0" * 2**20)
+        cache.seal(root / name, "native.so", {})
+    (root / "tmp-of-a-killed-build").mkdir()
+    return root
+
+
+def names(root):
+    return sorted(path.name for path in root.iterdir() if path.name != "lock")
+
+
+def test_cache_lists_and_leaves_alone(run, two_entries):
+    status, printed, _ = run("cache")
+    assert status == 0 and "2 entries, 2.0 MiB" in printed
+    assert names(two_entries) == ["native-new", "native-old", "tmp-of-a-killed-build"]
+
+
+def test_cache_prunes_what_is_of_an_older_key(run, two_entries):
+    assert run("cache", "--prune")[0] == 0
+    assert names(two_entries) == ["native-new"]
+
+
+def test_cache_clears(run, two_entries):
+    status, printed, _ = run("cache", "--clear")
+    assert status == 0 and "removed 2" in printed
+    assert names(two_entries) == []
+
+
+def test_clearing_leaves_files_of_others(run, two_entries):
+    (two_entries / "thesis").mkdir()
+    (two_entries / "thesis" / "chapter1").write_text("")
+    run("cache", "--clear")
+    assert names(two_entries) == ["thesis"]
+
+
+def test_an_error_is_one_line_and_a_traceback_on_demand(run, monkeypatch):
+    monkeypatch.setenv("FUSEDRES_BUILD", "everything")
+    monkeypatch.setattr(machine, "facts", lambda: 1 / 0)
+    status, _, error = run("info")
+    assert status == 1 and error.count("\n") == 1 and "ZeroDivisionError" in error
+    assert "Traceback" in run("--debug", "info")[2]
+
+
+@pytest.fixture
+def without_the_extra(monkeypatch):
+    monkeypatch.setattr(entry, "find_spec", lambda name: None)
+
+
+def test_what_needs_no_extra_works_without_it(run, without_the_extra):
+    assert json.loads(run("info", "--json")[1])["versions"]["fusedres"] == fusedres.__version__
+    assert run("doctor")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["bench", "profile", "cache"])
+def test_what_needs_the_extra_says_how_to_have_it(run, without_the_extra, command):
+    status, printed, error = run(command, "resnet50", "--train")
+    assert (status, printed) == (1, "")
+    assert error.count("\n") == 1 and "pip install 'fusedres[cli]'" in error
