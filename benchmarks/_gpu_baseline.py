@@ -29,7 +29,8 @@ from _gpu_lanes import (
     true_outcome,
 )
 from _gpu_stage import Run, one_line, release
-from timing import Report, interleave, speedup
+
+from fusedres.bench.timing import Report, interleave, speedup
 
 Record = dict[str, Any]
 

@@ -10,8 +10,9 @@ from typing import Protocol
 
 import torch
 from _gpu_stage import Model, Run, batch, gradients, import_torchvision, sgd, training_step
-from timing import graphed
 from torch.utils.checkpoint import checkpoint
+
+from fusedres.bench.timing import graphed
 
 Outcome = dict[str, torch.Tensor]
 State = Mapping[str, torch.Tensor]

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from _gpu_stage import ROOT, Run, release
-from timing import Call, Report, graphed, samples_ms
+
+from fusedres.bench.timing import Call, Report, graphed, samples_ms
 
 NVIDIA_SMI_FIELDS = (
     "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from _gpu_stage import Run, batch, import_torchvision, release, sgd, training_step
-from timing import Call, Report, elapsed_ms
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
+
+from fusedres.bench.timing import Call, Report, elapsed_ms
 
 STEPS = 3
 NAMES_KEPT = 6

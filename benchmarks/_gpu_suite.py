@@ -15,7 +15,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from _gpu_stage import ROOT, Run
-from timing import Report
+
+from fusedres.bench.timing import Report
 
 LONGEST_S = 490.0
 GRACE_S = 30.0  # for an interrupted pytest to end its workers and write its results

@@ -4,8 +4,8 @@
     pytest benchmarks/ --benchmark-only --quick    two minutes: small shapes, few rounds
 
 pytest-benchmark times one function after the other, and a clock that drifts in between decides who wins. So the first
-test of a case races all its contestants (`timing.interleave`), and every contestant's test then reports its own samples
-of that race: the table, the JSON and the comparison of runs are pytest-benchmark's as usual.
+test of a case races all its contestants (`fusedres.bench.timing.interleave`), and every contestant's test then reports
+its own samples of that race: the table, the JSON and the comparison of runs are pytest-benchmark's as usual.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 import torch
-from timing import interleave, samples_ms, speedup
 
 import fusedres
+from fusedres.bench.timing import interleave, samples_ms, speedup
 
 ROOT = Path(__file__).parents[1]
 PAGES_KEPT = "MALLOC_TOP_PAD_"

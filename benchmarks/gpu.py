@@ -36,7 +36,8 @@ import _gpu_profile as profile
 import _gpu_suite as suite
 import torch
 from _gpu_stage import Run, one_line
-from timing import Report
+
+from fusedres.bench.timing import Report
 
 STAGE_S = 535.0  # under nine minutes, the process's start and end included
 START_S = 8.0  # what a process has spent before it reads its clock

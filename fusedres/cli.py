@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 import traceback
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
-from fusedres import build, cache, commands
+from fusedres import build, cache, commands, machine
+from fusedres.bench import charts, comparison, networks, tables
+from fusedres.bench.ceilings import measure as measure_ceilings
+from fusedres.bench.comparison import Comparison
+from fusedres.bench.contestants import ENTRIES, PEERS, Entry
+from fusedres.bench.timing import plain
+from fusedres.bench.work import DTYPES, Work
 from fusedres.native_sources import NATIVE
 
 INTERRUPTED = 130
+
+
+class Precision(str, Enum):
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
 
 app = typer.Typer(
     help="Fused residual blocks for PyTorch: what this machine has, whether it works, and how fast it is.",
@@ -19,13 +41,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False, soft_wrap=True)
+# Where there is no terminal to fit, a table gets the width that it needs.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 _settings = {"debug": False}
 
 
 @app.callback()
 def settings(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
     _settings["debug"] = debug
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages would break the bars
 
 
 @app.command()
@@ -60,6 +84,86 @@ def show_cache(
     console.print(f"{root}: {len(kept)} entries, {sum(map(cache.size, kept)) / 2**20:.1f} MiB")
     for entry in kept:
         console.print(f"  {entry.name}  {cache.size(entry) / 2**20:.1f} MiB")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A name of torchvision or timm, or module:function.")] = "resnet50",
+    train: Annotated[bool, typer.Option("--train/--infer", help="A training step, or a forward.")] = True,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 8,
+    size: Annotated[int | None, typer.Option(min=8, help="Height and width; the model's own if left out.")] = None,
+    dtype: Annotated[Precision, typer.Option(help="What autocast computes in; fp32 is without it.")] = Precision.FP32,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="onnxruntime and OpenVINO too, where installed.")] = False,
+    skip: Annotated[list[str], typer.Option(help="Leave a contestant out, such as torch.compile.")] = [],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1, help="How often each contestant is timed.")] = 25,
+    seconds: Annotated[float, typer.Option(help="When to stop timing, all rounds run or not.")] = 300.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a row for each contestant.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a chart, as PNG.")] = None,
+    ceilings: Annotated[bool, typer.Option("--ceilings", help="Measure the device's ceilings instead.")] = False,
+    keep_pages: Annotated[bool, typer.Option("--keep-pages", help="Let malloc keep its pages (Linux).")] = False,
+) -> None:
+    """Compare a model with itself fused, compiled and run by peers: checked first, then timed in turn."""
+    if keep_pages and machine.malloc_mode() == "default":
+        os.execve(sys.executable, [sys.executable, "-m", "fusedres", *sys.argv[1:]], os.environ | machine.PAGES_KEPT)
+    where = _device(device)
+    if ceilings:
+        limits = measure_ceilings(where, DTYPES[dtype.value])
+        console.print(f"copy {limits.copy / 1e9:.1f} GB/s, {dtype.value} matmul {limits.matmul / 1e9:.0f} GFLOP/s")
+        return
+    network = networks.build(model)
+    work = Work(model, train, batch, size or networks.image_size(network), DTYPES[dtype.value], where)
+    entries = {name: entry for name, entry in (ENTRIES | (PEERS if peers else {})).items() if name not in skip}
+    found = comparison.begin(work)
+    status = 0
+    try:
+        _compare(network, work, entries, found, rounds, seconds)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    _publish(found, json_file, csv_file, plot)
+    raise typer.Exit(status)
+
+
+def _compare(
+    network: nn.Module, work: Work, entries: Mapping[str, Entry], found: Comparison, rounds: int, seconds: float
+) -> None:
+    """Fill the comparison beside a live bar."""
+    with _progress() as bar:
+        checking = bar.add_task("checking", total=len(entries) + 1)
+
+        def notice(name: str) -> None:
+            bar.update(checking, description=f"checking {name}", advance=1)
+
+        steps = comparison.prepare(network, work, entries, found, notice)
+        bar.update(checking, description="checked")
+        timing = bar.add_task("timing", total=rounds)
+        comparison.race(steps, work, found, rounds=rounds, seconds=seconds, on_round=lambda: bar.advance(timing))
+
+
+def _publish(found: Comparison, json_file: Path | None, csv_file: Path | None, plot: Path | None) -> None:
+    """Show and write what there is; an interrupted comparison has its rounds so far."""
+    console.print(tables.comparison(found))
+    if json_file is not None:
+        json_file.write_text(json.dumps(plain(found), indent=1, allow_nan=False) + "\n")
+    if csv_file is not None:
+        csv_file.write_text(found.csv())
+    if plot is not None and any(result.ratio for result in found.results):
+        charts.comparison(found, plot)
+
+
+def _progress() -> Progress:
+    """A bar on stderr, so that stdout has the results alone."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _device(name: str | None) -> torch.device:
+    if name not in (None, "cpu", "cuda"):
+        raise typer.BadParameter(f"must be cpu or cuda; got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no CUDA device; use --device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def main() -> int:

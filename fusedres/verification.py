@@ -136,12 +136,17 @@ def _compare(mode: str, truth: Results, theirs: Results, ours: Results, dtype: t
     for quantity, exact in truth.items():
         if not exact or (quantity == "running statistics" and mode == "eval"):
             continue
-        eager, fused = _error(theirs[quantity], exact), _error(ours[quantity], exact)
-        bar = _SLACK * eager + _EPSILONS * epsilon + (_FLIPPED_RELU if quantity == "gradients" else 0.0)
-        yield Comparison(mode, quantity, eager, fused, _error(ours[quantity], theirs[quantity]), bar)
+        eager, fused = relative_error(theirs[quantity], exact), relative_error(ours[quantity], exact)
+        difference = relative_error(ours[quantity], theirs[quantity])
+        yield Comparison(mode, quantity, eager, fused, difference, bar(quantity, eager, epsilon))
 
 
-def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def bar(quantity: str, eager: float, epsilon: float) -> float:
+    """The error against fp64 that a quantity may have where eager's is `eager`."""
+    return _SLACK * eager + _EPSILONS * epsilon + (_FLIPPED_RELU if quantity == "gradients" else 0.0)
+
+
+def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The RMS over tensors of |found - expected| / |expected|; infinite where one misses some that the other has."""
     if found.keys() != expected.keys():
         return math.inf

@@ -1,0 +1,114 @@
+"""The ways to run a model that a comparison sets side by side, by name; the first one is the baseline."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import tempfile
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedres import fusion
+from fusedres.bench.work import Inference, Step, Training, Work
+
+BASELINE = "eager"
+FUSED = "fusedres"
+
+
+class Absent(Exception):  # noqa: N818  it is an answer
+    """A contestant can't take part: one sentence with the reason."""
+
+
+Entry = Callable[[nn.Module, Work], Step]
+
+
+def _plain(model: nn.Module, work: Work) -> Step:
+    return _step(copy.deepcopy(model), work.images(), work)
+
+
+def _channels_last(model: nn.Module, work: Work) -> Step:
+    return _step(*_in_channels_last(model, work), work)
+
+
+def _fused(model: nn.Module, work: Work) -> Step:
+    twin, images = _in_channels_last(model, work)
+    report = fusion.fuse(twin)
+    if not report.fused and not report.already_fused:
+        raise Absent(f"nothing in this model is fused:\n{report}")
+    return _step(twin, images, work)
+
+
+def _compiled(model: nn.Module, work: Work) -> Step:
+    twin, images = _in_channels_last(model, work)
+    twin.compile(dynamic=False)
+    return _step(twin, images, work)
+
+
+def _in_channels_last(model: nn.Module, work: Work) -> tuple[nn.Module, Tensor]:
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return twin, work.images().contiguous(memory_format=torch.channels_last)
+
+
+def _step(model: nn.Module, images: Tensor, work: Work) -> Step:
+    return Training(model, images, work) if work.training else Inference(model.eval(), images, work)
+
+
+def _require(package: str, work: Work, *dtypes: torch.dtype) -> Any:
+    if find_spec(package) is None:
+        raise Absent(f"{package} is not installed; pip install {package}")
+    if work.training:
+        raise Absent("inference only")
+    if work.device.type != "cpu":
+        raise Absent("compared on CPUs only")
+    if work.dtype not in dtypes:
+        raise Absent(f"its CPU kernels are compared in {', '.join(str(dtype)[6:] for dtype in dtypes)} only")
+    return importlib.import_module(package)
+
+
+def _onnxruntime(model: nn.Module, work: Work) -> Step:
+    runtime = _require("onnxruntime", work, torch.float32)
+    for package in ("onnx", "onnxscript"):
+        if find_spec(package) is None:
+            raise Absent(f"exporting to it needs {package}; pip install {package}")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow whoever comes next
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(copy.deepcopy(model).eval(), (work.images(),), path, dynamo=True, verbose=False)
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return Inference(lambda x: [torch.from_numpy(y) for y in session.run(None, {name: x.numpy()})], work.images(), work)
+
+
+def _openvino(model: nn.Module, work: Work) -> Step:
+    openvino = _require("openvino", work, torch.float32, torch.bfloat16)
+    images = work.images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the converter's own
+        converted = openvino.convert_model(copy.deepcopy(model).eval(), example_input=images)
+    precision = "f32" if work.dtype is torch.float32 else "bf16"
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    request = openvino.compile_model(converted, "CPU", settings).create_infer_request()
+
+    def forward(x: Tensor) -> list[Tensor]:
+        answer = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
+        return [torch.from_numpy(y) for y in answer.values()]
+
+    return Inference(forward, images, work)
+
+
+ENTRIES: dict[str, Entry] = {
+    BASELINE: _plain,
+    "eager channels_last": _channels_last,
+    FUSED: _fused,
+    "torch.compile": _compiled,
+}
+PEERS: dict[str, Entry] = {"onnxruntime": _onnxruntime, "openvino": _openvino}

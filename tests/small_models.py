@@ -1,0 +1,28 @@
+"""Models small enough to compare and profile in a test, by the name `small_models:tiny`."""
+
+from torch import nn
+
+import fusedres
+
+
+def tiny():
+    """A stem and two residual blocks, one with a projection."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        fusedres.BasicBlock(8, 8),
+        fusedres.BasicBlock(8, 16, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
+
+
+def plain():
+    """Nothing in it can be fused."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid())
+
+
+def not_a_model():
+    return 3

@@ -1,0 +1,256 @@
+"""python -m fusedres bench: what takes part, what is checked, what is timed and what is left after an interrupt."""
+
+import csv
+import io
+import json
+import os
+import sys
+from statistics import median
+
+import pytest
+import small_models
+import torch
+from torch import nn
+
+from fusedres import cli, machine
+from fusedres.bench import comparison, networks
+from fusedres.bench.contestants import BASELINE, ENTRIES, FUSED, PEERS, Absent
+from fusedres.bench.timing import interleave, speedup
+from fusedres.bench.work import Inference, Training, Work, peak_bytes
+
+CPU = torch.device("cpu")
+EAGER_AND_FUSED = {name: ENTRIES[name] for name in (BASELINE, "eager channels_last", FUSED)}
+
+
+def work(training=True, dtype=torch.float32):
+    return Work("tiny", training, 4, 16, dtype, CPU)
+
+
+def compared(given, entries, rounds=3, on_round=lambda: None):
+    found = comparison.begin(given)
+    steps = comparison.prepare(small_models.tiny(), given, entries, found, lambda name: None)
+    comparison.race(steps, given, found, rounds=rounds, seconds=60, on_round=on_round)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_every_contestant_is_checked_and_timed_in_turn(training, dtype):
+    found = compared(work(training, dtype), EAGER_AND_FUSED)
+    assert [result.name for result in found.results] == list(EAGER_AND_FUSED)
+    assert found.complete
+    for result in found.results:
+        assert result.absent is None and len(result.samples_ms) == 3
+        assert set(result.errors) == ({"outputs", "gradients"} if training else {"outputs"})
+        assert result.ratio.low <= result.ratio.median <= result.ratio.high
+        assert result.images_per_second == pytest.approx(4e3 / median(result.samples_ms))
+        assert result.peak_bytes > 0
+    assert found.results[0].ratio.median == 1
+
+
+class Off(Inference):
+    def __call__(self):
+        return super().__call__() * 1.2
+
+
+def wrong(model, given):
+    return Off(model.eval(), given.images(), given)
+
+
+def test_wrong_results_of_ours_are_never_timed():
+    with pytest.raises(comparison.WrongResults, match="its outputs are off by"):
+        compared(work(training=False), {**EAGER_AND_FUSED, FUSED: wrong})
+
+
+def test_a_wrong_peer_is_left_out():
+    found = compared(work(training=False), {BASELINE: ENTRIES[BASELINE], "peer": wrong})
+    assert found.results[0].samples_ms and not found.results[1].samples_ms
+    assert "not timed" in found.results[1].absent
+
+
+def test_wrong_gradients_are_wrong_results():
+    class Backwards(Training):
+        def outcome(self):
+            outcome = super().outcome()
+            return {**outcome, "gradients": {name: -g for name, g in outcome["gradients"].items()}}
+
+    def entry(model, given):
+        return Backwards(model, given.images(), given)
+
+    with pytest.raises(comparison.WrongResults, match="its gradients are off"):
+        compared(work(), {BASELINE: ENTRIES[BASELINE], FUSED: entry})
+
+
+def test_an_interrupt_leaves_the_rounds_so_far():
+    given, count = work(), []
+
+    def interrupt():
+        count.append(None)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+
+    found = comparison.begin(given)
+    steps = comparison.prepare(small_models.tiny(), given, EAGER_AND_FUSED, found, lambda name: None)
+    with pytest.raises(KeyboardInterrupt):
+        comparison.race(steps, given, found, rounds=9, seconds=60, on_round=interrupt)
+    assert not found.complete
+    assert {len(result.samples_ms) for result in found.results} == {2}
+    assert all(result.ratio for result in found.results)
+
+
+def test_a_model_without_blocks_has_no_fused_contestant():
+    with pytest.raises(Absent, match="nothing in this model is fused"):
+        ENTRIES[FUSED](small_models.plain(), work())
+
+
+def test_the_compiled_contestant_agrees(monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: self.register_buffer("compiled", torch.ones(())))
+    step = ENTRIES["torch.compile"](small_models.tiny(), work())
+    assert "compiled" in dict(step.model.named_buffers())
+
+
+@pytest.mark.parametrize("name", list(PEERS))
+def test_a_peer_agrees_where_it_is_installed_or_says_why_not(name):
+    pytest.importorskip(name)
+    found = compared(work(training=False), {BASELINE: ENTRIES[BASELINE], name: PEERS[name]})
+    assert found.results[1].absent is None and found.results[1].samples_ms
+    with pytest.raises(Absent, match="inference only"):
+        PEERS[name](small_models.tiny(), work(training=True))
+
+
+def test_a_peer_that_is_missing_says_how_to_have_it(monkeypatch):
+    monkeypatch.setattr("fusedres.bench.contestants.find_spec", lambda name: None)
+    with pytest.raises(Absent, match="pip install openvino"):
+        PEERS["openvino"](small_models.tiny(), work(training=False))
+
+
+def test_peak_memory_is_the_most_that_is_held_at_once():
+    class Holding(nn.Module):
+        def forward(self, x):
+            a = torch.empty(1_000_000)
+            b = torch.empty(2_000_000)
+            del a
+            return torch.empty(500_000) + b[:500_000]
+
+    found = peak_bytes(Inference(Holding(), torch.ones(1), work(training=False)), CPU)
+    assert 4 * 3_000_000 <= found < 4 * 3_100_000
+
+
+def test_the_ratio_is_paired_and_its_interval_holds_it():
+    # both contestants slow down together: unpaired medians would call them equal
+    baseline, contestant = [2.0, 20.0, 200.0, 2.0, 20.0], [1.0, 10.0, 100.0, 1.0, 10.0]
+    assert speedup(baseline, contestant) == speedup(baseline, contestant)
+    ratio = speedup(baseline, contestant)
+    assert (ratio.low, ratio.median, ratio.high) == (2, 2, 2)
+    assert speedup([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]).low == 1
+
+
+def test_contestants_take_turns_in_changing_order():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    rounds = list(interleave(calls, CPU, rounds=6, sample_ms=1e-9, seconds=60))
+    assert len(rounds) == 6 and all(set(times) == set("abc") for times in rounds)
+    timed = ["".join(order[-18:][i : i + 3]) for i in range(0, 18, 3)]
+    assert all(sorted(turn) == list("abc") for turn in timed) and len(set(timed)) > 1
+
+
+def test_models_by_name():
+    assert len(list(networks.build("small_models:tiny").children())) == 8
+    assert type(networks.build("resnet18")).__module__.startswith("torchvision")
+    assert type(networks.build("timm/resnet10t")).__module__.startswith("timm")
+    assert networks.image_size(networks.build("timm/resnet10t")) == 176
+    assert networks.image_size(small_models.tiny()) == 224
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("resnet5O", "did you mean resnet50"),
+        ("small_models:huge", "has no function 'huge'"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
+        ("small_models:not_a_model", "must return an nn.Module, got int"),
+        ("mxnet/resnet50", "choose torchvision or timm"),
+        ("!?", "give a name of torchvision or timm"),
+    ],
+)
+def test_a_wrong_name_says_what_would_be_right(name, hint):
+    with pytest.raises(networks.UnknownModel, match=hint.replace("?", r"\?")):
+        networks.build(name)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["fusedres", *words])
+        return cli.main(), *capsys.readouterr()
+
+    return command
+
+
+BENCH = ("bench", "small_models:tiny", "--batch", "4", "--size", "16", "--rounds", "3", "--skip", "torch.compile")
+
+
+def test_the_command_shows_and_writes_the_comparison(run, tmp_path):
+    files = [str(tmp_path / name) for name in ("out.json", "out.csv", "out.png")]
+    status, printed, _ = run(*BENCH, "--json", files[0], "--csv", files[1], "--plot", files[2])
+    assert status == 0
+    assert "3 paired rounds" in printed and "malloc: " in printed and "eager channels_last" in printed
+    with open(files[0]) as file:
+        found = json.load(file)
+    assert found["complete"] and found["conditions"]["torch"] == torch.__version__
+    with open(files[1]) as file:
+        rows = list(csv.DictReader(file))
+    assert [row["contestant"] for row in rows] == [result["name"] for result in found["results"]]
+    assert float(rows[2]["speedup"]) == found["results"][2]["ratio"]["median"]
+    with open(files[2], "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_an_interrupted_command_shows_and_writes_what_there_is(run, tmp_path, monkeypatch):
+    def race(steps, given, found, *, on_round, **_):
+        on_round()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "race", race)
+    path = tmp_path / "out.json"
+    status, printed, _ = run(*BENCH, "--json", str(path))
+    assert status == cli.INTERRUPTED
+    assert "interrupted" in printed
+    assert not json.loads(path.read_text())["complete"]
+
+
+def test_a_wrong_name_is_one_line(run):
+    status, printed, error = run("bench", "resnet5O")
+    assert (status, printed) == (1, "")
+    assert error.count("\n") == 1 and "did you mean resnet50" in error
+
+
+def test_ceilings(run, monkeypatch):
+    monkeypatch.setattr("fusedres.bench.ceilings._COPIED_BYTES", {"cpu": 4000})
+    monkeypatch.setattr("fusedres.bench.ceilings._SIDE", {"cpu": 16})
+    status, printed, _ = run("bench", "--ceilings")
+    assert status == 0 and "GB/s" in printed and "fp32 matmul" in printed
+
+
+def test_keeping_pages_starts_again_with_mallocs_settings(run, monkeypatch):
+    class Replaced(BaseException):
+        pass
+
+    def execve(program, words, environment):
+        assert words[1:] == ["-m", "fusedres", "bench", "--keep-pages"]
+        assert machine.PAGES_KEPT.items() <= environment.items()
+        raise Replaced
+
+    monkeypatch.setattr(os, "execve", execve)
+    with pytest.raises(Replaced):
+        run("bench", "--keep-pages")
+    for name, value in machine.PAGES_KEPT.items():
+        monkeypatch.setenv(name, value)
+    assert machine.malloc_mode() == "pages kept"
+
+
+def test_a_csv_has_a_column_for_every_fact():
+    found = compared(work(training=False), {BASELINE: ENTRIES[BASELINE], "peer": wrong})
+    rows = list(csv.DictReader(io.StringIO(found.csv())))
+    assert rows[1]["absent"] and rows[1]["median_ms"] == ""
+    assert {"device", "threads", "torch", "commit", "malloc"} <= set(rows[0])
