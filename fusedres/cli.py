@@ -18,10 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from fusedres import build, cache, commands, machine
-from fusedres.bench import charts, comparison, networks, tables
+from fusedres.bench import charts, comparison, networks, profiling, tables
 from fusedres.bench.ceilings import measure as measure_ceilings
 from fusedres.bench.comparison import Comparison
-from fusedres.bench.contestants import ENTRIES, PEERS, Entry
+from fusedres.bench.contestants import CHANNELS_LAST, ENTRIES, FUSED, PEERS, Absent, Entry
 from fusedres.bench.timing import plain
 from fusedres.bench.work import DTYPES, Work
 from fusedres.native_sources import NATIVE
@@ -150,6 +150,55 @@ def _publish(found: Comparison, json_file: Path | None, csv_file: Path | None, p
         csv_file.write_text(found.csv())
     if plot is not None and any(result.ratio for result in found.results):
         charts.comparison(found, plot)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="A name of torchvision or timm, or module:function.")],
+    train: Annotated[bool, typer.Option("--train/--infer", help="A training step, or a forward.")] = True,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 8,
+    size: Annotated[int | None, typer.Option(min=8, help="Height and width; the model's own if left out.")] = None,
+    dtype: Annotated[Precision, typer.Option(help="What autocast computes in; fp32 is without it.")] = Precision.FP32,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a chart, as PNG.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="A folder for Chrome traces, which Perfetto shows.")] = None,
+) -> None:
+    """Where a step's time goes, by class and by layer, before and after fuse."""
+    where = _device(device)
+    network = networks.build(model)
+    work = Work(model, train, batch, size or networks.image_size(network), DTYPES[dtype.value], where)
+    found = comparison.begin(work)
+    entries = {name: ENTRIES[name] for name in (CHANNELS_LAST, FUSED)}
+    with _progress() as bar:
+        task = bar.add_task("checking", total=len(entries) + 4)
+
+        def notice(text: str) -> None:
+            bar.update(task, description=text, advance=1)
+
+        steps = comparison.prepare(network, work, entries, found, lambda name: notice(f"checking {name}"))
+        if FUSED not in steps:
+            raise Absent(str(found.results[-1].absent))
+        profiles = []
+        for name, step in steps.items():
+            notice(f"profiling {name}")
+            profiles.append(profiling.profile(step, where, trace=_trace_file(trace, name)))
+        notice("measuring the ceilings")
+        limits = measure_ceilings(where, work.dtype)
+    eager, fused = profiles
+    rows = list(profiling.rows(network, work, eager, fused, limits))
+    console.print(
+        tables.classes(found.work, eager, fused), tables.layers(rows, limits), tables.conditions(found.conditions)
+    )
+    if plot is not None:
+        caption = charts.conditions(found.conditions)
+        charts.profile(eager.classes, fused.classes, rows, plot, title=found.work, caption=caption)
+
+
+def _trace_file(folder: Path | None, name: str) -> Path | None:
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name.replace(' ', '-')}.json"
 
 
 def _progress() -> Progress:

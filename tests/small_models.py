@@ -1,6 +1,7 @@
 """Models small enough to compare and profile in a test, by the name `small_models:tiny`."""
 
 from torch import nn
+from torchvision_models import resnet
 
 import fusedres
 
@@ -11,8 +12,8 @@ def tiny():
         nn.Conv2d(3, 8, 3, padding=1, bias=False),
         nn.BatchNorm2d(8),
         nn.ReLU(),
-        fusedres.BasicBlock(8, 8),
-        fusedres.BasicBlock(8, 16, 2),
+        resnet.BasicBlock(8, 8),
+        resnet.BasicBlock(8, 16, 2, nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(16, 10),
@@ -22,6 +23,11 @@ def tiny():
 def plain():
     """Nothing in it can be fused."""
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid())
+
+
+def always_fused():
+    """Its block has no eager form to compare with."""
+    return nn.Sequential(fusedres.BasicBlock(3, 8))
 
 
 def not_a_model():

@@ -12,11 +12,13 @@ import small_models
 import torch
 from torch import nn
 
+import fusedres
 from fusedres import cli, machine
 from fusedres.bench import comparison, networks
 from fusedres.bench.contestants import BASELINE, ENTRIES, FUSED, PEERS, Absent
 from fusedres.bench.timing import interleave, speedup
 from fusedres.bench.work import Inference, Training, Work, peak_bytes
+from fusedres.swap import Fused
 
 CPU = torch.device("cpu")
 EAGER_AND_FUSED = {name: ENTRIES[name] for name in (BASELINE, "eager channels_last", FUSED)}
@@ -101,6 +103,20 @@ def test_an_interrupt_leaves_the_rounds_so_far():
 def test_a_model_without_blocks_has_no_fused_contestant():
     with pytest.raises(Absent, match="nothing in this model is fused"):
         ENTRIES[FUSED](small_models.plain(), work())
+
+
+def test_a_model_of_our_own_blocks_has_no_eager_form():
+    given = work()
+    with pytest.raises(Absent, match="name torchvision's or timm's model"):
+        comparison.prepare(small_models.always_fused(), given, EAGER_AND_FUSED, comparison.begin(given), print)
+
+
+def test_a_fused_model_is_compared_with_itself_unfused():
+    given, model = work(), small_models.tiny()
+    fusedres.fuse(model)
+    steps = comparison.prepare(model, given, EAGER_AND_FUSED, comparison.begin(given), lambda name: None)
+    fused = [any(isinstance(module, Fused) for module in step.model.modules()) for step in steps.values()]
+    assert fused == [False, False, True]
 
 
 def test_the_compiled_contestant_agrees(monkeypatch):

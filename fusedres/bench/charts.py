@@ -16,9 +16,11 @@ from matplotlib.axes import Axes
 
 from fusedres.bench.comparison import Comparison
 from fusedres.bench.contestants import FUSED
+from fusedres.bench.profiling import Row
 from fusedres.bench.timing import Ratio
 
 WIDTH_INCHES, DPI = 9.0, 120
+ROWS_SHOWN = 12
 OURS, THEIRS = "#c4442b", "#8795a1"
 CLASS_COLOURS = {
     "conv": "#5b7c99",
@@ -64,24 +66,59 @@ def speedups(ratios: Mapping[str, Ratio], path: Path, *, title: str, caption: st
         _finish(figure, axes, path, title, caption)
 
 
-def classes(before: Mapping[str, float], after: Mapping[str, float], path: Path, *, title: str, caption: str) -> None:
-    """Where a step's milliseconds go, eager above fused."""
+def profile(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    rows: Sequence[Row],
+    path: Path,
+    *,
+    title: str,
+    caption: str,
+) -> None:
+    """Where a step's milliseconds go by class, and the longest layers beside what the ceilings allow."""
     with pyplot.rc_context(_STYLE):
-        figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 3.0))
-        names = [name for name in CLASS_COLOURS if name in before or name in after]
-        starts = [0.0, 0.0]
-        least = 0.05 * max(sum(before.values()), sum(after.values()))
-        for name in names:
-            widths = [before.get(name, 0.0), after.get(name, 0.0)]
-            axes.barh(["eager", "fused"], widths, left=starts, color=CLASS_COLOURS[name], label=name)
-            for row, (start, width) in enumerate(zip(starts, widths, strict=True)):
-                if width > least:
-                    axes.text(start + width / 2, row, f"{width:.0f}", ha="center", va="center", color="white")
-            starts = [start + width for start, width in zip(starts, widths, strict=True)]
-        axes.invert_yaxis()
-        axes.set_xlabel("milliseconds a step")
-        axes.legend(ncols=len(names), loc="upper left", bbox_to_anchor=(0, 1.16), frameon=False)
-        _finish(figure, axes, path, title, caption)
+        rows = rows[:ROWS_SHOWN]
+        heights = [2.2, 0.42 * len(rows) + 1.0]
+        figure, (above, below) = pyplot.subplots(
+            2, figsize=(WIDTH_INCHES, sum(heights) + 0.6), height_ratios=heights, layout="constrained"
+        )
+        _stack(above, before, after)
+        _beside(below, rows)
+        figure.suptitle(fill(title, 90), x=0.01, ha="left", fontsize=12)
+        figure.supxlabel(fill(caption, 130), x=0.01, ha="left", fontsize=8, color="#555555")
+        figure.savefig(path, dpi=DPI)
+        pyplot.close(figure)
+
+
+def _stack(axes: Axes, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    starts = [0.0, 0.0]
+    least = 0.04 * max(sum(before.values()), sum(after.values()))
+    for name, colour in CLASS_COLOURS.items():
+        widths = [before.get(name, 0.0), after.get(name, 0.0)]
+        axes.barh(["eager", "fused"], widths, left=starts, color=colour, label=name)
+        for row, (start, width) in enumerate(zip(starts, widths, strict=True)):
+            if width > least:
+                axes.text(start + width / 2, row, f"{width:.0f}", ha="center", va="center", color="white")
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds a step, by class")
+    axes.legend(ncols=len(CLASS_COLOURS), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+
+
+def _beside(axes: Axes, rows: Sequence[Row]) -> None:
+    positions = range(len(rows))
+    series = (
+        ("eager", [row.eager for row in rows], THEIRS, -0.27),
+        ("fused", [row.fused for row in rows], OURS, 0.0),
+        ("possible at the ceilings", [row.possible for row in rows], "#333333", 0.27),
+    )
+    for name, values, colour, offset in series:
+        axes.barh([position + offset for position in positions], values, height=0.25, color=colour, label=name)
+    labels = [f"{row.what}\n{'x'.join(map(str, row.shape))}, {row.count} of them" for row in rows]
+    axes.set_yticks(list(positions), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds a step, forward and backward, longest layers")
+    axes.legend(loc="lower right", frameon=False)
 
 
 def conditions(facts: Mapping[str, object]) -> str:

@@ -12,10 +12,11 @@ from statistics import median
 import torch
 from torch import nn
 
-from fusedres import machine
+from fusedres import fusion, machine
 from fusedres.bench.contestants import BASELINE, FUSED, Absent, Entry
 from fusedres.bench.timing import Ratio, interleave, speedup
 from fusedres.bench.work import Outcome, Step, Work, exact, peak_bytes, settle
+from fusedres.blocks.block import Block
 from fusedres.verification import bar, relative_error
 
 WARM_UPS = 2
@@ -92,8 +93,11 @@ def prepare(
 ) -> dict[str, Step]:
     """Build every contestant and check its results; the comparison gets a result of each as it goes.
 
-    Raises WrongResults where fusedres or the baseline is wrong; a peer that is wrong is left out.
+    Raises WrongResults where fusedres or the first contestant is wrong; a peer that is wrong is left out.
     """
+    fusion.unfuse(model)
+    if any(isinstance(module, Block) for module in model.modules()):
+        raise Absent("this model is built of fusedres's own blocks; name torchvision's or timm's model instead")
     settle(model)
     model.to(work.device)
     notice("fp64")
@@ -116,7 +120,7 @@ def prepare(
         except Absent as absent:
             result.absent = str(absent)
         except WrongResults as wrong:
-            if name in (BASELINE, FUSED):
+            if name == FUSED or not steps:
                 raise
             result.absent = str(wrong)
         gc.collect()

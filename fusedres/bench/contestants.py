@@ -18,6 +18,7 @@ from fusedres import fusion
 from fusedres.bench.work import Inference, Step, Training, Work
 
 BASELINE = "eager"
+CHANNELS_LAST = "eager channels_last"
 FUSED = "fusedres"
 
 
@@ -107,7 +108,7 @@ def _openvino(model: nn.Module, work: Work) -> Step:
 
 ENTRIES: dict[str, Entry] = {
     BASELINE: _plain,
-    "eager channels_last": _channels_last,
+    CHANNELS_LAST: _channels_last,
     FUSED: _fused,
     "torch.compile": _compiled,
 }

@@ -44,18 +44,20 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution, a linear layer, or what follows one: norm, addition and activation.
+    """A convolution, a linear layer, or what is elementwise: norm, addition and activation, a sum of gradients.
 
     Args:
-        name: the module's path, that of the norm for the latter.
-        kind: "conv", "linear" or "norm".
+        name: the module's path, that of the norm where there is one.
+        kind: "conv", "linear" or "elementwise".
         what: such as "3x3 64 -> 128 /2" or "bn+add+relu".
-        shape: of the output.
+        given: the shape of the input.
+        shape: that of the output.
     """
 
     name: str
     kind: str
     what: str
+    given: tuple[int, ...]
     shape: tuple[int, ...]
     flops: Passes
     bytes: dict[Design, Passes]
@@ -100,7 +102,7 @@ def layers(model: nn.Module, shape: tuple[int, ...], *, training: bool, dtype: t
     blocks = list(_described(described))
     fusion.unfuse(described)
     calls = _calls(described.to("meta").train(training), shape)
-    count = _Count(dtype.itemsize, training, calls)
+    count = _Count(dtype.itemsize, training)
     spans = {span.norm: span for path, residual in blocks for span in _spans(described, path, residual)}
     hidden = {span.shortcut_norm for span in spans.values()}
     ends = _Ends.of(described, blocks)
@@ -111,7 +113,10 @@ def layers(model: nn.Module, shape: tuple[int, ...], *, training: bool, dtype: t
         elif isinstance(call.module, nn.Linear):
             found.append(count.linear(name, call))
         elif name not in hidden:
-            found.append(count.norm(name, call, spans.get(name, _Span(name))))
+            span = spans.get(name, _Span(name))
+            found.append(count.norm(name, call, span))
+            if training and span.entry in calls:
+                found.append(count.sum_of_gradients(span.entry, calls[span.entry]))
     return found
 
 
@@ -194,7 +199,6 @@ class _Ends:
 class _Count:
     itemsize: int
     training: bool
-    calls: dict[str, _Call]
 
     def size(self, shape: torch.Size) -> int:
         return shape.numel() * self.itemsize
@@ -234,21 +238,25 @@ class _Count:
 
     def norm(self, name: str, call: _Call, span: _Span) -> Layer:
         tensor = self.size(call.result)
-        met = 3 * self.size(self.calls[span.entry].given) if span.entry in self.calls else 0
-        projected = span.shortcut_norm is not None
         eager, fused = _training_passes(span) if self.training else _inference_passes(span)
-        meeting = Passes(0, met if self.training else 0)
         moved = {
-            Design.EAGER: Passes(eager.forward * tensor, eager.backward * tensor + meeting.backward),
-            Design.FUSED: Passes(fused.forward * tensor, fused.backward * tensor + meeting.backward),
+            Design.EAGER: Passes(eager.forward * tensor, eager.backward * tensor),
+            Design.FUSED: Passes(fused.forward * tensor, fused.backward * tensor),
             Design.WHOLE: Passes(0),
         }
-        words = ["bn", *(["bn"] if projected else []), *(["add"] if span.adds else []), *(["relu"] if span.act else [])]
-        return self._layer(name, "norm", "+".join(words), call, 0, moved)
+        norms = ["bn"] if span.shortcut_norm is None else ["bn", "bn"]
+        words = [*norms, *(["add"] if span.adds else []), *(["act"] if span.act else [])]
+        return self._layer(name, "elementwise", "+".join(words), call, 0, moved)
+
+    def sum_of_gradients(self, name: str, call: _Call) -> Layer:
+        """Where branch and shortcut meet, in the block's input."""
+        tensor = self.size(call.given)
+        moved = {design: Passes(0, 0 if design is Design.WHOLE else 3 * tensor) for design in Design}
+        return Layer(name, "elementwise", "sum of gradients", tuple(call.given), tuple(call.given), Passes(0), moved)
 
     def _layer(self, name: str, kind: str, what: str, call: _Call, flops: int, moved: dict[Design, Passes]) -> Layer:
         backward = flops * (1 + call.needs_dx) if self.training else 0
-        return Layer(name, kind, what, tuple(call.result), Passes(flops, backward), moved)
+        return Layer(name, kind, what, tuple(call.given), tuple(call.result), Passes(flops, backward), moved)
 
 
 def _training_passes(span: _Span) -> tuple[Passes, Passes]:

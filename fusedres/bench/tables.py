@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
 from rich import box
 from rich.table import Table
 
+from fusedres.bench.ceilings import Ceilings
 from fusedres.bench.comparison import Comparison, Result
+from fusedres.bench.profiling import Profile, Row
 
 _MALLOC = {
     "default": "malloc: default (glibc maps a tensor above 32 MiB anew at every allocation: page faults, not "
@@ -44,10 +46,42 @@ def _cells(result: Result, quantities: list[str]) -> Iterator[str]:
 def caption(found: Comparison) -> str:
     """Rounds, conditions, and who is absent and why."""
     rounds = max((len(result.samples_ms) for result in found.results), default=0)
-    conditions = ", ".join(
-        f"{name} {value}" for name, value in found.conditions.items() if value is not None and name != "malloc"
+    counted = f"{rounds} paired rounds{'' if found.complete else ', interrupted'}"
+    absent = [f"{result.name}: not compared: {result.absent}" for result in found.results if result.absent]
+    return "\n".join([f"{counted}; {conditions(found.conditions)}", *absent])
+
+
+def conditions(facts: Mapping[str, object]) -> str:
+    """The conditions in a line, and the malloc mode, with what it means, in another."""
+    words = [f"{name} {value}" for name, value in facts.items() if value is not None and name != "malloc"]
+    return f"{', '.join(words)}\n{_MALLOC[str(facts['malloc'])]}"
+
+
+def classes(title: str, eager: Profile, fused: Profile) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("class", "eager ms", "share", "fused ms", "share"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    totals = [sum(profile.classes.values()) for profile in (eager, fused)]
+    names = sorted({*eager.classes, *fused.classes}, key=lambda name: -eager.classes.get(name, 0.0))
+    for name in names:
+        cells = [profile.classes.get(name, 0.0) for profile in (eager, fused)]
+        parts = [f"{cell / total:.0%}" for cell, total in zip(cells, totals, strict=True)]
+        table.add_row(name, f"{cells[0]:.2f}", parts[0], f"{cells[1]:.2f}", parts[1])
+    table.add_section()
+    table.add_row("all", f"{totals[0]:.2f}", "", f"{totals[1]:.2f}", "")
+    return table
+
+
+def layers(rows: Sequence[Row], ceilings: Ceilings) -> Table:
+    caption = (
+        f"possible: every operand moved once at {ceilings.copy / 1e9:.1f} GB/s (a copy), every FLOP at "
+        f"{ceilings.matmul / 1e9:.0f} GFLOP/s (a matrix product), each direction bound by the slower one; tensors that "
+        "stay in a cache can beat it"
     )
-    lines = [f"{rounds} paired rounds{'' if found.complete else ', interrupted'}; {conditions}"]
-    lines.append(_MALLOC[str(found.conditions["malloc"])])
-    lines += [f"{result.name}: not compared: {result.absent}" for result in found.results if result.absent]
-    return "\n".join(lines)
+    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("layer", "output", "count", "eager ms", "fused ms", "possible ms", "of the roofline"):
+        table.add_column(heading, justify="left" if heading in ("layer", "output") else "right")
+    for row in rows:
+        times = (f"{row.eager:.2f}", f"{row.fused:.2f}", f"{row.possible:.2f}", f"{row.share:.0%}")
+        table.add_row(row.what, "x".join(map(str, row.shape)), str(row.count), *times)
+    return table
