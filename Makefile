@@ -27,6 +27,7 @@ demo: $(VENV)/runtime.stamp  ## swap the blocks of a ResNet-50; compare results,
 
 test: lint package $(VENV)/dev.stamp  ## linters, types, and every test but the slow ones
 	$(PYTEST) -n $(WORKERS) --durations=20 --doctest-modules tests fusedres $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(BENCHMARKS) --benchmark-only --quick --benchmark-columns=median
 	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py --batch 2 --size 64 --rounds 3
 
 test-full: $(VENV)/dev.stamp  ## every test, the slow ones too
@@ -56,8 +57,8 @@ package: $(VENV)/runtime.stamp  ## build the wheel as a machine without torch or
 	FUSEDRES_BUILD=none $(BIN)/python -m pip --disable-pip-version-check wheel -qq --no-deps -w dist .
 	@rm -rf build
 
-bench: $(VENV)/dev.stamp  ## time the ops and blocks on the CPU; for a GPU see benchmarks/gpu.py
-	$(if $(BENCHMARKS),$(BIN)/python -m pytest $(BENCHMARKS) $(ARGS),@echo "no CPU benchmark yet; on a GPU: python benchmarks/gpu.py --out DIR")
+bench: $(VENV)/dev.stamp  ## time ops, blocks and networks on the CPU (ARGS=--quick: two minutes); for a GPU see benchmarks/gpu.py
+	$(BIN)/python -m pytest $(BENCHMARKS) --benchmark-only $(ARGS)
 
 measured: $(VENV)/dev.stamp  ## regenerate docs/measured.md from benchmarks/results
 	$(BIN)/python benchmarks/measured.py docs/measured.md

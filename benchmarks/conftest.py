@@ -1,7 +1,7 @@
 """How `pytest benchmarks/` measures: contestants take turns in one process, each only after its results were checked.
 
     pytest benchmarks/ --benchmark-only            everything
-    pytest benchmarks/ --benchmark-only --quick    two minutes: small shapes, few rounds
+    pytest benchmarks/ --benchmark-only --quick    two minutes: small shapes, few rounds, no compiled networks
 
 pytest-benchmark times one function after the other, and a clock that drifts in between decides who wins. So the first
 test of a case races all its contestants (`fusedres.bench.timing.interleave`), and every contestant's test then reports
@@ -11,23 +11,27 @@ its own samples of that race: the table, the JSON and the comparison of runs are
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-import fusedres
-from fusedres.bench.timing import interleave, samples_ms, speedup
+from fusedres.bench import ceilings, comparison, roofline
+from fusedres.bench.ceilings import Ceilings
+from fusedres.bench.comparison import Result
+from fusedres.bench.contestants import Entry
+from fusedres.bench.timing import interleave, speedup
+from fusedres.bench.work import Step, Work
+from fusedres.machine import PACKAGES, conditions, version
 
 ROOT = Path(__file__).parents[1]
-PAGES_KEPT = "MALLOC_TOP_PAD_"
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,12 @@ class Contestant:
     Args:
         run: the timed call.
         check: raises where its results are wrong; it runs before anything is timed. Returns facts for the report.
+        absent: why it can't take part.
     """
 
     run: Callable[[], object]
     check: Callable[[], Mapping[str, object]]
+    absent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,35 +78,15 @@ def budget(quick: bool) -> Budget:
 
 
 @pytest.fixture(scope="session")
-def copy_gbps(quick: bool) -> float:
-    """Bandwidth of a copy between two 50 MB tensors, bytes read and written."""
-    source = torch.rand(50_000_000 // 4)
-    target = torch.empty_like(source)
-    times = samples_ms(lambda: target.copy_(source), torch.device("cpu"), count=5 if quick else 15, sample_ms=20.0)
-    return 2 * source.numel() * 4 / median(times) / 1e6
+def ceiling(quick: bool) -> Callable[[torch.dtype], Ceilings]:
+    """ceiling(dtype): the CPU's copy bandwidth and matmul peak, measured once."""
+    return lru_cache(lambda dtype: ceilings.measure(torch.device("cpu"), dtype, samples=3 if quick else 15))
 
 
 @pytest.fixture(scope="session")
-def machine() -> dict[str, object]:
+def machine() -> Mapping[str, object]:
     """What a number means nothing without."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fusedres": fusedres.__version__,
-        "commit": commit.stdout.strip() or None,
-        "malloc": "pages kept" if PAGES_KEPT in os.environ else "default",
-        "python": platform.python_version(),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    return {**conditions(), **{package: version(package) for package in PACKAGES}}
 
 
 class Replay:
@@ -140,6 +126,8 @@ def race(_races: dict, budget: Budget, machine: dict[str, object]) -> Race:
             _races.clear()  # one case's tensors at a time
             _races[case] = _run(contestants(), budget)
         samples, facts = _races[case]
+        if name not in samples:
+            pytest.skip(f"{name}: {facts[name]['absent']}")
         ratio = speedup(samples["eager"], samples[name])
         benchmark.extra_info.update(
             {**machine, **facts[name], "speedup": ratio.median, "speedup_95": [ratio.low, ratio.high]}
@@ -155,7 +143,7 @@ def _run(
     contestants: Mapping[str, Contestant], budget: Budget
 ) -> tuple[dict[str, list[float]], dict[str, Mapping[str, object]]]:
     facts = {name: contestant.check() for name, contestant in contestants.items()}
-    calls = {name: contestant.run for name, contestant in contestants.items()}
+    calls = {name: contestant.run for name, contestant in contestants.items() if contestant.absent is None}
     rounds = list(
         interleave(
             calls,
@@ -166,6 +154,34 @@ def _run(
         )
     )
     return {name: [times[name] for times in rounds] for name in calls}, facts
+
+
+def whole(model: nn.Module, work: Work, entries: Mapping[str, Entry]) -> dict[str, Contestant]:
+    """The contestants of a block or a network, already checked against fp64."""
+    found = comparison.begin(work)
+    steps = comparison.prepare(model, work, entries, found, lambda name: None)
+    shape = (work.batch, work.channels, work.size, work.size)
+    layers = roofline.layers(model, shape, training=work.training, dtype=work.dtype)
+    gflop = sum(layer.flops.total for layer in layers) / 1e9
+    return {result.name: _checked(result, steps.get(result.name), gflop) for result in found.results}
+
+
+def _checked(result: Result, step: Step | None, gflop: float) -> Contestant:
+    if step is None:
+        return Contestant(_nothing, lambda: {"absent": result.absent}, result.absent)
+    errors = {f"error {quantity}": error for quantity, error in result.errors.items()}
+    return Contestant(step, lambda: {**errors, "peak_bytes": result.peak_bytes, "GFLOP": gflop})
+
+
+def add_rates(benchmark: Any, work: Work, samples_ms: list[float], ceilings: Ceilings) -> None:
+    """Images and FLOPs a second, and the share of the matmul peak that these are."""
+    seconds = median(samples_ms) / 1e3
+    rate = benchmark.extra_info["GFLOP"] / seconds
+    benchmark.extra_info |= {
+        "images/s": work.batch / seconds,
+        "GFLOP/s": rate,
+        "share of matmul peak": rate * 1e9 / ceilings.matmul,
+    }
 
 
 def _nothing() -> None:

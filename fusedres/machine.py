@@ -89,10 +89,11 @@ def facts() -> dict[str, Any]:
 
 def _versions() -> dict[str, str | None]:
     versions = {"fusedres": __version__, "commit": commit(), "python": platform.python_version()}
-    return {**versions, "torch": torch.__version__, "cuda": torch.version.cuda} | {p: _version(p) for p in PACKAGES}
+    return {**versions, "torch": torch.__version__, "cuda": torch.version.cuda} | {p: version(p) for p in PACKAGES}
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """A package's version as installed; None where it's absent."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -204,6 +204,28 @@ def compare(case: Case, device: str | torch.device = "cpu", run: Run = candidate
     given = operands(case, device)
     ours, theirs = results(run, case, given), results(eager, case, given)
     our_truth, their_truth = truth(run, case, given, ours["y"]), truth(eager, case, given, theirs["y"])
+class Yardstick(NamedTuple):
+    """A case's tensors and eager's results on them: what every contestant of the case is compared with."""
+
+    given: Operands
+    theirs: Results
+    their_truth: Truth
+
+
+def yardstick(case: Case, device: str | torch.device = "cpu") -> Yardstick:
+    """Worth keeping where several contestants share a large case."""
+    given = operands(case, device)
+    theirs = results(eager, case, given)
+    return Yardstick(given, theirs, truth(case, given, theirs["y"]))
+
+
+def compare(
+    case: Case, device: str | torch.device = "cpu", run: Run = candidate, beside: Yardstick | None = None
+) -> list[Comparison]:
+    """Every quantity of a case, the candidate beside eager."""
+    given, theirs, their_truth = beside or yardstick(case, device)
+    ours = results(run, case, given)
+    our_truth = truth(case, given, ours["y"])
     rows = []
     for quantity, value in ours.items():
         row = Comparison(

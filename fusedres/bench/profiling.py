@@ -129,7 +129,7 @@ def _operands(convolution: FunctionEvent) -> tuple[Shape, Shape]:
 def rows(model: nn.Module, work: Work, eager: Profile, fused: Profile, ceilings: Ceilings) -> Iterator[Row]:
     """Alike layers together: convolutions by their shapes, everything elementwise by the tensor's; longest first."""
     groups: defaultdict[tuple[str, Any], list[Layer]] = defaultdict(list)
-    shape = (work.batch, 3, work.size, work.size)
+    shape = (work.batch, work.channels, work.size, work.size)
     for layer in layers(model, shape, training=work.training, dtype=work.dtype):
         if layer.kind == "conv":
             groups["conv", (layer.given, _weight(model, layer))].append(layer)

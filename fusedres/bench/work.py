@@ -35,6 +35,7 @@ class Work:
     size: int
     dtype: torch.dtype
     device: torch.device
+    channels: int = 3
 
     def __str__(self) -> str:
         what = "training step" if self.training else "inference"
@@ -43,7 +44,7 @@ class Work:
 
     def images(self) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        return torch.randn(self.batch, 3, self.size, self.size, generator=generator).to(self.device)
+        return torch.randn(self.batch, self.channels, self.size, self.size, generator=generator).to(self.device)
 
     def precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
