@@ -60,8 +60,8 @@ package: $(VENV)/runtime.stamp  ## build the wheel as a machine without torch or
 bench: $(VENV)/dev.stamp  ## time ops, blocks and networks on the CPU (ARGS=--quick: two minutes); for a GPU see benchmarks/gpu.py
 	$(BIN)/python -m pytest $(BENCHMARKS) --benchmark-only $(ARGS)
 
-measured: $(VENV)/dev.stamp  ## regenerate docs/measured.md from benchmarks/results
-	$(BIN)/python benchmarks/measured.py docs/measured.md
+measured: $(VENV)/dev.stamp  ## regenerate docs/measured.md, its charts and the README's numbers from benchmarks/results
+	$(BIN)/python benchmarks/measured.py
 
 errors: $(VENV)/dev.stamp  ## regenerate docs/errors.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/errors.py docs/errors.md

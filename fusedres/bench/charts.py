@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from fusedres.bench.comparison import Comparison
 from fusedres.bench.contestants import FUSED
@@ -45,25 +46,36 @@ def comparison(found: Comparison, path: Path) -> None:
     speedups(ratios, path, title=found.work, caption=conditions(found.conditions))
 
 
-def speedups(ratios: Mapping[str, Ratio], path: Path, *, title: str, caption: str) -> None:
-    """A bar and an interval for each name."""
+def speedups(
+    ratios: Mapping[str, Ratio],
+    path: Path,
+    *,
+    title: str,
+    caption: str,
+    ours: Collection[str] = (FUSED,),
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """A bar and an interval for each name.
+
+    Args:
+        ours: the names of the bars that stand out.
+        facts: written into the file, beside the picture.
+    """
     with pyplot.rc_context(_STYLE):
-        figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 1.6 + 0.42 * len(ratios)))
-        names = list(ratios)
+        figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 1.6 + 0.42 * len(ratios)), layout="constrained")
+        names = [fill(name, 44) for name in ratios]
         values = [ratio.median for ratio in ratios.values()]
         below = [ratio.median - ratio.low for ratio in ratios.values()]
         above = [ratio.high - ratio.median for ratio in ratios.values()]
-        colours = [OURS if FUSED in name else THEIRS for name in names]
+        colours = [OURS if name in ours else THEIRS for name in ratios]
         axes.barh(names, values, color=colours, xerr=[below, above], error_kw={"capsize": 3, "ecolor": "#333333"})
-        for position, (ratio, value) in enumerate(zip(ratios.values(), values, strict=True)):
-            axes.annotate(
-                f" {value:.2f}x", (ratio.high, position), va="center", xytext=(3, 0), textcoords="offset points"
-            )
+        for row, ratio in enumerate(ratios.values()):
+            axes.text(ratio.high, row, f"  {ratio.median:.2f}x", va="center")
         axes.invert_yaxis()
         axes.axvline(1.0, color="#333333", linewidth=1, linestyle=":")
         axes.set_xlim(0, 1.15 * max(ratio.high for ratio in ratios.values()))
         axes.set_xlabel("times as fast as eager, median of paired rounds and its 95 % interval")
-        _finish(figure, axes, path, title, caption)
+        _finish(figure, path, title, caption, facts)
 
 
 def profile(
@@ -84,10 +96,7 @@ def profile(
         )
         _stack(above, before, after)
         _beside(below, rows)
-        figure.suptitle(fill(title, 90), x=0.01, ha="left", fontsize=12)
-        figure.supxlabel(fill(caption, 130), x=0.01, ha="left", fontsize=8, color="#555555")
-        figure.savefig(path, dpi=DPI)
-        pyplot.close(figure)
+        _finish(figure, path, title, caption)
 
 
 def _stack(axes: Axes, before: Mapping[str, float], after: Mapping[str, float]) -> None:
@@ -126,21 +135,8 @@ def conditions(facts: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
 
 
-def curves(series: Mapping[str, Sequence[float]], path: Path, *, title: str, xlabel: str, ylabel: str) -> None:
-    """One line for each name, over steps."""
-    with pyplot.rc_context(_STYLE):
-        figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 3.4))
-        for name, values in series.items():
-            axes.plot(range(1, len(values) + 1), values, label=name, color=OURS if FUSED in name else THEIRS)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        axes.legend(frameon=False)
-        _finish(figure, axes, path, title, "")
-
-
-def _finish(figure: Any, axes: Axes, path: Path, title: str, caption: str) -> None:
-    axes.set_title(fill(title, 90), loc="left", fontsize=12, pad=26 if axes.get_legend() else 8)
-    figure.text(0.01, 0.01, fill(caption, 130), fontsize=8, color="#555555", va="bottom")
-    figure.tight_layout(rect=(0, 0.06 if caption else 0, 1, 1))
-    figure.savefig(path, dpi=DPI)
+def _finish(figure: Figure, path: Path, title: str, caption: str, facts: Mapping[str, str] | None = None) -> None:
+    figure.suptitle(fill(title, 90), x=0.01, ha="left", fontsize=12)
+    figure.supxlabel(fill(caption, 130), x=0.01, ha="left", fontsize=8, color="#555555")
+    figure.savefig(path, dpi=DPI, metadata=dict(facts or {}))
     pyplot.close(figure)

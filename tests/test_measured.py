@@ -1,0 +1,68 @@
+"""The published numbers are those of the committed results, on the page, in the README and in the charts."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+FILE = Path(__file__).parents[1] / "benchmarks" / "measured.py"
+_spec = importlib.util.spec_from_file_location("measured", FILE)
+measured = importlib.util.module_from_spec(_spec)
+sys.modules["measured"] = measured
+_spec.loader.exec_module(measured)
+
+RUNS = measured.runs()
+
+
+def test_the_page_has_the_committed_numbers():
+    assert measured.PAGE.read_text() == measured.page(RUNS), "run `make measured`"
+
+
+def test_the_readme_has_the_committed_numbers():
+    text = measured.README.read_text()
+    assert text == measured.with_numbers(text, RUNS), "run `make measured`"
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.path.stem)
+def test_every_chart_is_of_the_committed_results(run):
+    with Image.open(run.chart) as chart:
+        assert chart.text[measured.DIGEST] == run.digest, "run `make measured`"
+        assert 900 < chart.width < 1400
+
+
+def test_no_chart_is_left_of_results_that_are_gone():
+    assert {path.name for path in measured.CHARTS.iterdir()} == {run.chart.name for run in RUNS}
+
+
+def test_a_number_that_was_changed_by_hand_is_noticed():
+    first, last = measured.MARKERS
+    readme = measured.with_numbers(f"# Title\n{first}\nold\n{last}\nrest\n", RUNS)
+    assert readme.startswith("# Title\n") and readme.endswith(f"{last}\nrest\n") and "old" not in readme
+    ratio = measured.bold(RUNS[0].races[0].ratio(RUNS[0].races[0].ours[0]))
+    assert ratio in readme
+    assert measured.with_numbers(readme.replace(ratio, "**9.99** [9.98, 9.99]"), RUNS) == readme
+
+
+def result(contestant, speedup, low, high):
+    facts = {"speedup": speedup, "speedup_95": [low, high], "malloc": "default", "torch": "2.13", "images/s": 9.0}
+    facts["share of matmul peak"] = 0.5
+    return {
+        "group": "a network",
+        "params": {"contestant": contestant},
+        "extra_info": facts,
+        "stats": {"median": 0.5},
+    }
+
+
+def test_lost_races_and_rates_are_told(tmp_path):
+    path = tmp_path / "device" / "2026-01-01-models.json"
+    path.parent.mkdir()
+    found = [result("eager", 1.0, 1.0, 1.0), result("fusedres", 0.9, 0.8, 1.1)]
+    path.write_text(json.dumps({"benchmarks": found}))
+    page = measured.page([measured.Run.read(path)])
+    assert "- a network, fusedres: **0.90** [0.80, 1.10] (device, 2026-01-01-models)" in page
+    assert "| a network | 500.000 | 500.000 | **0.90** [0.80, 1.10] | 9.0 (50%) |" in page
+    assert "MALLOC" not in page
