@@ -152,6 +152,7 @@ def plot(losses: list[float], accuracies: list[float], path: Path) -> None:
     left.set(title="loss", xlabel="step", ylim=(0, None))
     right.plot(range(1, len(accuracies) + 1), [100 * a for a in accuracies], marker="o", color="#c4442b")
     right.set(title="test accuracy, %", xlabel="epoch", ylim=(0, 100))
+    right.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=120)
 
 

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/ddp.py
 
-Gloo on CPUs, NCCL on GPUs. Fuse before wrapping; nothing else differs from DDP as usual. `--sync-bn` converts the norms
-to SyncBatchNorm first: those are computed by torch, and the blocks run everything else as before.
+NCCL where each process has a GPU of its own, gloo on CPUs otherwise. Fuse before wrapping; nothing else differs from
+DDP as usual. `--sync-bn` converts the norms to SyncBatchNorm first: those are computed by torch, and the blocks run
+everything else as before.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def apart(model: nn.Module) -> float:
 
 def main() -> int:
     options = parse_arguments()
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     dist.init_process_group("nccl" if gpu else "gloo")
     rank, local = dist.get_rank(), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if gpu else torch.device("cpu")

@@ -43,8 +43,9 @@ class Work:
         return f"{self.model}, {what}, batch {self.batch}, {self.size} x {self.size}, {dtype}, {self.device}"
 
     def images(self) -> Tensor:
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(self.batch, self.channels, self.size, self.size, generator=generator).to(self.device)
+        generator = torch.Generator("cpu").manual_seed(1)
+        shape = self.batch, self.channels, self.size, self.size
+        return torch.randn(shape, generator=generator, device="cpu").to(self.device)
 
     def precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
@@ -85,7 +86,7 @@ class Training:
     def _backward(self) -> dict[str, Tensor]:
         with self.work.precision():
             outputs = tensors(self.model(self.images))
-            loss = sum((y.to(_wide(y)).square().mean() for y in outputs.values()), torch.zeros(()))
+            loss = torch.stack([y.to(_wide(y)).square().mean() for y in outputs.values()]).sum()
         loss.backward()
         return {name: y.detach() for name, y in outputs.items()}
 
@@ -129,11 +130,11 @@ def settle(model: nn.Module) -> None:
     Running statistics aren't 0 and 1, and blocks end in a small scale: at scale 1 rounding errors grow from block
     to block until a half-precision gradient is off by more than its own length; at 0 nothing of the branch is seen.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
             for statistic, low, high in ((module.running_mean, -0.1, 0.1), (module.running_var, 0.8, 1.2)):
-                drawn = torch.rand(statistic.shape, generator=generator) * (high - low) + low
+                drawn = torch.rand(statistic.shape, generator=generator, device="cpu") * (high - low) + low
                 statistic.copy_(drawn.to(statistic))
     twin = copy.deepcopy(model)
     fusion.fuse(twin)
