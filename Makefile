@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-full test-oldest test-san lint format package bench measured errors coverage compiled clean
+.PHONY: help venv demo test test-full test-oldest test-san lint format package bench measured errors coverage compiled api wheel clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -71,6 +71,11 @@ coverage: $(VENV)/dev.stamp  ## regenerate docs/coverage.md
 
 compiled: $(VENV)/dev.stamp  ## regenerate docs/compiled.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compiled.py docs/compiled.md
+api: $(VENV)/dev.stamp  ## regenerate docs/api.md
+	$(BIN)/python docs/api.py docs/api.md
+
+wheel: $(VENV)/dev.stamp  ## build the pure and the binary wheel, and try both (also with the oldest torch after make test-oldest)
+	.ci/wheel $(BIN)/python $(wildcard $(OLDEST)/bin/python)
 
 clean:  ## remove the environments and everything built
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
@@ -98,6 +103,6 @@ $(OLDEST)/dev.stamp: pyproject.toml setup.py constraints.txt constraints-oldest.
 	@awk -F '==' 'NR == FNR { oldest[$$1]; print; next } !($$1 in oldest)' constraints-oldest.txt constraints.txt > $(OLDEST)/constraints.txt
 	@echo "installing the oldest supported torch into $(OLDEST) (about 5 GB)"
 	@$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt setuptools torch numpy pillow
-	@$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt --no-build-isolation -e '.[test]'
+	@$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt --no-build-isolation -e '.[cli,test]'
 	@$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt --no-deps torchvision timm
 	@touch $@
