@@ -21,7 +21,7 @@ from fusedres import build, cache, commands, machine
 from fusedres.bench import charts, comparison, networks, profiling, tables
 from fusedres.bench.ceilings import measure as measure_ceilings
 from fusedres.bench.comparison import Comparison
-from fusedres.bench.contestants import CHANNELS_LAST, ENTRIES, FUSED, PEERS, Absent, Entry
+from fusedres.bench.contestants import BASELINE, CHANNELS_LAST, ENTRIES, FUSED, PEERS, Absent, Entry
 from fusedres.bench.timing import plain
 from fusedres.bench.work import DTYPES, Work
 from fusedres.native_sources import NATIVE
@@ -95,7 +95,7 @@ def bench(
     dtype: Annotated[Precision, typer.Option(help="What autocast computes in; fp32 is without it.")] = Precision.FP32,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
     peers: Annotated[bool, typer.Option("--peers", help="onnxruntime and OpenVINO too, where installed.")] = False,
-    skip: Annotated[list[str], typer.Option(help="Leave a contestant out, such as torch.compile.")] = [],  # noqa: B006
+    skip: Annotated[list[str] | None, typer.Option(help="Leave a contestant out, such as torch.compile.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each contestant is timed.")] = 25,
     seconds: Annotated[float, typer.Option(help="When to stop timing, all rounds run or not.")] = 300.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured.")] = None,
@@ -114,7 +114,7 @@ def bench(
         return
     network = networks.build(model)
     work = Work(model, train, batch, size or networks.image_size(network), DTYPES[dtype.value], where)
-    entries = {name: entry for name, entry in (ENTRIES | (PEERS if peers else {})).items() if name not in skip}
+    entries = _entries(ENTRIES | (PEERS if peers else {}), skip or [])
     found = comparison.begin(work)
     status = 0
     try:
@@ -123,6 +123,15 @@ def bench(
         status = INTERRUPTED
     _publish(found, json_file, csv_file, plot)
     raise typer.Exit(status)
+
+
+def _entries(entries: dict[str, Entry], skip: list[str]) -> dict[str, Entry]:
+    """The contestants but those to be skipped."""
+    optional = [name for name in entries if name != BASELINE]
+    for name in skip:
+        if name not in optional:
+            raise typer.BadParameter(f"--skip takes one of {', '.join(optional)}; got {name!r}")
+    return {name: entry for name, entry in entries.items() if name not in skip}
 
 
 def _compare(

@@ -241,6 +241,12 @@ def test_a_wrong_name_is_one_line(run):
     assert error.count("\n") == 1 and "did you mean resnet50" in error
 
 
+@pytest.mark.parametrize("name", ["torch.compiled", "eager", "openvino"])
+def test_only_a_contestant_that_takes_part_can_be_skipped(run, name):
+    status, _, error = run("bench", "small_models:tiny", "--skip", name)
+    assert status == 2 and "torch.compile" in error and repr(name) in error
+
+
 def test_ceilings(run, monkeypatch):
     monkeypatch.setattr("fusedres.bench.ceilings._COPIED_BYTES", {"cpu": 4000})
     monkeypatch.setattr("fusedres.bench.ceilings._SIDE", {"cpu": 16})

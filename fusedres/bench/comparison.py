@@ -20,6 +20,7 @@ from fusedres.blocks.block import Block
 from fusedres.verification import bar, relative_error
 
 WARM_UPS = 2
+SAMPLE_MS = 10.0
 # What a peer may be off by, beside what fusedres may: it rounds as it likes, and still computes the same function.
 _PEER = 10.0
 # Beyond this a result says nothing: zeros would do as well.
@@ -159,7 +160,7 @@ def race(
     """Time the contestants in turn; what was timed stays in the comparison, also when this is interrupted."""
     results = {result.name: result for result in comparison.results if result.name in steps}
     try:
-        for times in interleave(steps, work.device, rounds=rounds, sample_ms=1.0, seconds=seconds):
+        for times in interleave(steps, work.device, rounds=rounds, sample_ms=SAMPLE_MS, seconds=seconds):
             for name, sample in times.items():
                 results[name].samples_ms.append(sample)
             on_round()

@@ -48,7 +48,8 @@ def caption(found: Comparison) -> str:
     rounds = max((len(result.samples_ms) for result in found.results), default=0)
     counted = f"{rounds} paired rounds{'' if found.complete else ', interrupted'}"
     absent = [f"{result.name}: not compared: {result.absent}" for result in found.results if result.absent]
-    return "\n".join([f"{counted}; {conditions(found.conditions)}", *absent])
+    peak = "peak: the most that torch's allocator held during a step, beyond what it held before"
+    return "\n".join([f"{counted}; {conditions(found.conditions)}", peak, *absent])
 
 
 def conditions(facts: Mapping[str, object]) -> str:
