@@ -71,6 +71,7 @@ coverage: $(VENV)/dev.stamp  ## regenerate docs/coverage.md
 
 compiled: $(VENV)/dev.stamp  ## regenerate docs/compiled.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compiled.py docs/compiled.md
+
 api: $(VENV)/dev.stamp  ## regenerate docs/api.md
 	$(BIN)/python docs/api.py docs/api.md
 

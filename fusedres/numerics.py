@@ -199,11 +199,6 @@ def _error_of_the_truth(case: Case) -> float:
     return 16 * torch.finfo(torch.float64).eps * deviations
 
 
-def compare(case: Case, device: str | torch.device = "cpu", run: Run = candidate) -> list[Comparison]:
-    """Every quantity of a case, the candidate beside eager."""
-    given = operands(case, device)
-    ours, theirs = results(run, case, given), results(eager, case, given)
-    our_truth, their_truth = truth(run, case, given, ours["y"]), truth(eager, case, given, theirs["y"])
 class Yardstick(NamedTuple):
     """A case's tensors and eager's results on them: what every contestant of the case is compared with."""
 
@@ -216,7 +211,7 @@ def yardstick(case: Case, device: str | torch.device = "cpu") -> Yardstick:
     """Worth keeping where several contestants share a large case."""
     given = operands(case, device)
     theirs = results(eager, case, given)
-    return Yardstick(given, theirs, truth(case, given, theirs["y"]))
+    return Yardstick(given, theirs, truth(eager, case, given, theirs["y"]))
 
 
 def compare(
@@ -225,7 +220,7 @@ def compare(
     """Every quantity of a case, the candidate beside eager."""
     given, theirs, their_truth = beside or yardstick(case, device)
     ours = results(run, case, given)
-    our_truth = truth(case, given, ours["y"])
+    our_truth = truth(run, case, given, ours["y"])
     rows = []
     for quantity, value in ours.items():
         row = Comparison(
