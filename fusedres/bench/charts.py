@@ -78,6 +78,23 @@ def speedups(
         _finish(figure, path, title, caption, facts)
 
 
+def tradeoff(
+    points: Mapping[str, tuple[float, float]], path: Path, *, title: str, caption: str, facts: Mapping[str, str]
+) -> None:
+    """Peak megabytes against milliseconds, a point for each name; nearer to the corner is better."""
+    with pyplot.rc_context(_STYLE):
+        figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 4.4), layout="constrained")
+        for name, (milliseconds, megabytes) in points.items():
+            colour = OURS if name.startswith(FUSED) else THEIRS
+            axes.scatter(milliseconds, megabytes, s=70, color=colour)
+            axes.annotate(name, (milliseconds, megabytes), (7, 5), textcoords="offset points", color=colour)
+        axes.set_xlim(0, 1.25 * max(milliseconds for milliseconds, _ in points.values()))
+        axes.set_ylim(0, 1.15 * max(megabytes for _, megabytes in points.values()))
+        axes.set_xlabel("milliseconds a step, median")
+        axes.set_ylabel("peak MB of a step")
+        _finish(figure, path, title, caption, facts)
+
+
 def profile(
     before: Mapping[str, float],
     after: Mapping[str, float],

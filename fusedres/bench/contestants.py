@@ -30,33 +30,33 @@ Entry = Callable[[nn.Module, Work], Step]
 
 
 def _plain(model: nn.Module, work: Work) -> Step:
-    return _step(copy.deepcopy(model), work.images(), work)
+    return step_of(copy.deepcopy(model), work.images(), work)
 
 
 def _channels_last(model: nn.Module, work: Work) -> Step:
-    return _step(*_in_channels_last(model, work), work)
+    return step_of(*in_channels_last(model, work), work)
 
 
 def _fused(model: nn.Module, work: Work) -> Step:
-    twin, images = _in_channels_last(model, work)
+    twin, images = in_channels_last(model, work)
     report = fusion.fuse(twin)
     if not report.fused and not report.already_fused:
         raise Absent(f"nothing in this model is fused:\n{report}")
-    return _step(twin, images, work)
+    return step_of(twin, images, work)
 
 
 def _compiled(model: nn.Module, work: Work) -> Step:
-    twin, images = _in_channels_last(model, work)
+    twin, images = in_channels_last(model, work)
     twin.compile(dynamic=False)
-    return _step(twin, images, work)
+    return step_of(twin, images, work)
 
 
-def _in_channels_last(model: nn.Module, work: Work) -> tuple[nn.Module, Tensor]:
+def in_channels_last(model: nn.Module, work: Work) -> tuple[nn.Module, Tensor]:
     twin = copy.deepcopy(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return twin, work.images().contiguous(memory_format=torch.channels_last)
 
 
-def _step(model: nn.Module, images: Tensor, work: Work) -> Step:
+def step_of(model: nn.Module, images: Tensor, work: Work) -> Step:
     return Training(model, images, work) if work.training else Inference(model.eval(), images, work)
 
 

@@ -1,0 +1,85 @@
+"""Peak memory against time of a training step: the memory policies beside checkpointing and a compiler's budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from conftest import Race, add_rates, whole
+from torch import nn
+from torch._functorch import config as functorch_config
+from torch.utils.checkpoint import checkpoint
+
+import fusedres
+from fusedres.bench import networks
+from fusedres.bench.ceilings import Ceilings
+from fusedres.bench.contestants import BASELINE, ENTRIES, Entry, in_channels_last, step_of
+from fusedres.bench.work import Step, Work
+from fusedres.testing import import_torchvision
+
+resnet = import_torchvision().models.resnet
+BUDGET = 0.5
+
+
+def policy(name: str) -> Entry:
+    def entry(model: nn.Module, work: Work) -> Step:
+        twin, images = in_channels_last(model, work)
+        fusedres.fuse(twin)
+        fusedres.set_memory(name, twin)
+        return step_of(twin, images, work)
+
+    return entry
+
+
+def checkpointed(model: nn.Module, work: Work) -> Step:
+    """torch's own trade: every block is run again in the backward."""
+    twin, images = in_channels_last(model, work)
+    for block in twin.modules():
+        if isinstance(block, resnet.BasicBlock | resnet.Bottleneck):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return step_of(twin, images, work)
+
+
+def compiled(model: nn.Module, work: Work) -> Step:
+    step = ENTRIES["torch.compile"](model, work)
+    with functorch_config.patch(activation_memory_budget=BUDGET):
+        step()  # compiles
+    return step
+
+
+CONTESTANTS: dict[str, Entry] = {
+    BASELINE: ENTRIES["eager channels_last"],
+    "fusedres fast": policy("fast"),
+    "fusedres lean": policy("lean"),
+    "fusedres min": policy("min"),
+    "checkpoint per block": checkpointed,
+    f"torch.compile, budget {BUDGET}": compiled,
+}
+
+
+@pytest.mark.parametrize("contestant", list(CONTESTANTS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_policies(
+    dtype: torch.dtype,
+    contestant: str,
+    benchmark: Any,
+    race: Race,
+    quick: bool,
+    ceiling: Callable[[torch.dtype], Ceilings],
+) -> None:
+    if quick and (dtype is torch.float32 or contestant.startswith("torch.compile")):
+        pytest.skip("not among the quick ones")
+    name, batch, size = ("resnet18", 2, 64) if quick else ("resnet50", 16, 224)
+    work = Work(name, True, batch, size, dtype, torch.device("cpu"))
+    benchmark.group = f"memory policies, {work}"
+    entries = {name: entry for name, entry in CONTESTANTS.items() if not quick or not name.startswith("torch.compile")}
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        return whole(networks.build(work.model), work, entries)
+
+    samples = race(benchmark, benchmark.group, contestant, build)
+    add_rates(benchmark, work, samples, ceiling(dtype))
