@@ -114,6 +114,8 @@ def objection(candidate: Backend, request: Request) -> str | None:
     if not candidate.plain:
         if request.device.upper() not in candidate.keys:
             return f"it has no kernels for {request.device} tensors"
+        if candidate.kernels and f"{request.op}_forward" not in candidate.kernels:
+            return f"it has no kernels for {request.op}"
         if request.empty:
             return "x is empty"
         if request.subclass:

@@ -53,9 +53,11 @@ def test_the_result_is_that_of_pooling_the_activation(
         x = torch.randn(shape, dtype=torch.float64).mul(3).round().div(2)
         special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, -0.0, 1e-45], dtype=torch.float64)
         x.view(-1)[torch.randperm(x.numel())[: 6 * shape[0]]] = special.repeat(shape[0])
+        x[0, 0] = -torch.inf  # nothing is larger than the padding, which must not be chosen
         x = x.to(dtype).contiguous(memory_format=order)
         c = shape[1]
         weight, bias, mean = (torch.randn(c, dtype=wide) for _ in range(3))
+        weight[0] = 1.0
         norm = Norm(weight, bias, mean, torch.rand(c, dtype=wide) + 0.1)
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
         y, expected = bn_act_pool(ours, norm, **window._asdict(), act=act), unfused(theirs, norm, window, act)

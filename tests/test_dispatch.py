@@ -194,3 +194,18 @@ def test_what_surrounds_a_call_is_named_as_the_reason():
             block(sample())
     reasons = [choice.objections["fused"] for choice in choices]
     assert reasons == ["a functorch transform is active", "forward-mode AD is active"]
+
+
+def test_a_backend_without_kernels_for_an_op_leaves_it_to_the_next():
+    kernels = {name: f for name, f in python_backend.BACKEND.kernels.items() if "pool" not in name}
+    fusedres.ops.register_backend(replace(python_backend.BACKEND, name="partial", kernels=kernels))
+    try:
+        x, norm = torch.randn(2, 3, 4, 4, requires_grad=True), fusedres.ops.Norm(training=True)
+        assert fusedres.ops.bn_act_pool(x, norm, kernel_size=2).shape == (2, 3, 2, 2)
+        with (
+            fusedres.use_backend("partial"),
+            pytest.raises(RuntimeError, match="it has no kernels for bn_act_pool"),
+        ):
+            fusedres.ops.bn_act_pool(x, norm, kernel_size=2)
+    finally:
+        fusedres.ops.unregister_backend(dispatch.backend("partial"))
