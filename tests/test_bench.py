@@ -1,5 +1,6 @@
 """python -m fusedres bench: what takes part, what is checked, what is timed and what is left after an interrupt."""
 
+import copy
 import csv
 import io
 import json
@@ -17,7 +18,7 @@ from fusedres import cli, machine
 from fusedres.bench import comparison, networks
 from fusedres.bench.contestants import BASELINE, ENTRIES, FUSED, PEERS, Absent
 from fusedres.bench.timing import interleave, speedup
-from fusedres.bench.work import Inference, Training, Work, peak_bytes
+from fusedres.bench.work import Inference, Training, Work, peak_bytes, settle
 from fusedres.swap import Fused
 
 CPU = torch.device("cpu")
@@ -150,6 +151,28 @@ def test_peak_memory_is_the_most_that_is_held_at_once():
 
     found = peak_bytes(Inference(Holding(), torch.ones(1), work(training=False)), CPU)
     assert 4 * 3_000_000 <= found < 4 * 3_100_000
+
+
+def test_comparing_leaves_a_model_as_it_was():
+    given, model = work(), small_models.tiny()
+    before = copy.deepcopy(model.state_dict())
+    step = Training(model, given.images(), given)
+    step.outcome()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    step()
+    assert not all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_new_model_gets_the_statistics_of_a_trained_one():
+    model = small_models.tiny()
+    settle(model)
+    assert model[3].bn2.weight.unique().tolist() == pytest.approx([0.2])
+    assert model[3].bn1.weight.unique().tolist() == model[4].downsample[1].weight.unique().tolist() == [1]
+    assert model[4].bn1.running_mean.abs().max() > 0.05 and model[4].bn1.running_var.std() > 0.05
+    again = small_models.tiny()
+    settle(again)
+    assert torch.equal(model[1].running_var, again[1].running_var)
 
 
 def test_the_ratio_is_paired_and_its_interval_holds_it():
