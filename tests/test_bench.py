@@ -153,6 +153,18 @@ def test_peak_memory_is_the_most_that_is_held_at_once():
     assert 4 * 3_000_000 <= found < 4 * 3_100_000
 
 
+def test_what_was_held_before_a_step_does_not_count():
+    kept = []
+
+    class Keeping(nn.Module):
+        def forward(self, x):
+            kept.append(torch.empty(1_000_000))
+            return kept[-1][:3] + x
+
+    step = Inference(Keeping(), torch.ones(1), work(training=False))
+    assert len({peak_bytes(step, CPU) for _ in range(3)}) == 1
+
+
 def test_comparing_leaves_a_model_as_it_was():
     given, model = work(), small_models.tiny()
     before = copy.deepcopy(model.state_dict())
