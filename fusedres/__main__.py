@@ -25,7 +25,7 @@ def main() -> int:
     information.add_argument("--json", action="store_true", help="the same for programs")
     choices.add_parser("doctor", help="try every op on every backend, and say how to mend what is missing")
     choices.add_parser("build", help="compile the native library now instead of at first use")
-    for name in ("bench", "profile", "cache"):
+    for name in ("bench", "profile", "tune", "cache"):
         choices.add_parser(name, help="needs: pip install 'fusedres[cli]'", add_help=False)
     options, _ = parser.parse_known_args()
     if options.command == "info":

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from fusedres import build, cache, commands, machine
+from fusedres import build, cache, commands, machine, tuning
 from fusedres.bench import charts, comparison, networks, profiling, tables
 from fusedres.bench.ceilings import measure as measure_ceilings
 from fusedres.bench.comparison import Comparison
@@ -68,6 +68,22 @@ def doctor() -> None:
 def compile_library() -> None:
     """Compile the native library now instead of at first use."""
     raise typer.Exit(commands.build())
+
+
+@app.command()
+def tune(
+    dtype: Annotated[Precision, typer.Option(help="Of the tensors that are timed.")] = Precision.BF16,
+) -> None:
+    """Time every configuration of the Triton kernels on this GPU, and keep the fastest."""
+    where = _device("cuda")
+    with _progress() as bar:
+        task = bar.add_task("tuning", total=None)
+        table = tuning.tune(
+            dtypes=(DTYPES[dtype.value],),
+            device=where,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console.print(table)
 
 
 @app.command("cache")
@@ -220,7 +236,7 @@ def _device(name: str | None) -> torch.device:
     if name not in (None, "cpu", "cuda"):
         raise typer.BadParameter(f"must be cpu or cuda; got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("torch finds no CUDA device; use --device cpu")
+        raise typer.BadParameter("torch finds no CUDA device")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

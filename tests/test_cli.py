@@ -12,7 +12,7 @@ import torch
 
 import fusedres
 from fusedres import __main__ as entry
-from fusedres import build, cache, cli, doctor, machine
+from fusedres import build, cache, cli, doctor, machine, tuning
 from fusedres.native_sources import NATIVE, VARIANTS
 
 
@@ -146,6 +146,24 @@ def test_an_error_is_one_line_and_a_traceback_on_demand(run, monkeypatch):
     assert "Traceback" in run("--debug", "info")[2]
 
 
+def test_tune_hands_its_dtype_on_and_prints_the_table(run, monkeypatch):
+    def tune(*, dtypes, device, progress):
+        progress(1, 2)
+        assert dtypes == (torch.float16,) and device.type == "cuda"
+        return "the table"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuning, "tune", tune)
+    status, printed, _ = run("tune", "--dtype", "fp16")
+    assert status == 0 and printed.strip() == "the table"
+
+
+def test_tuning_needs_a_gpu(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, _, error = run("tune")
+    assert status == 2 and "no CUDA device" in error
+
+
 @pytest.fixture
 def without_the_extra(monkeypatch):
     monkeypatch.setattr(entry, "find_spec", lambda name: None)
@@ -156,7 +174,7 @@ def test_what_needs_no_extra_works_without_it(run, without_the_extra):
     assert run("doctor")[0] == 0
 
 
-@pytest.mark.parametrize("command", ["bench", "profile", "cache"])
+@pytest.mark.parametrize("command", ["bench", "profile", "tune", "cache"])
 def test_what_needs_the_extra_says_how_to_have_it(run, without_the_extra, command):
     status, printed, error = run(command, "resnet50", "--train")
     assert (status, printed) == (1, "")
