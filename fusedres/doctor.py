@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fusedres import build, compiler, dispatch, numerics, testing
+from fusedres.backends import Window
+from fusedres.machine import OPS
 from fusedres.native_sources import NATIVE
 from fusedres.testing import Case, Operands
 
@@ -38,7 +40,7 @@ def examine() -> Iterator[Finding]:
     """Findings as they come; one that FAILED means wrong numbers or an error."""
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         for backend in dispatch.ORDER:
-            for op in testing.OPS:
+            for op in OPS:
                 yield _op(backend.name, op, device)
     yield _compiler()
     yield _library()
@@ -47,6 +49,9 @@ def examine() -> Iterator[Finding]:
 
 def cases(op: str) -> list[Case]:
     """What doctor tries: every form in both layouts and the common data types."""
+    if op == "bn_act_pool":
+        window = Window(*testing.WINDOWS[0])
+        return [replace(case, op=op, window=window) for case in cases("bn_act") if case.residual == "none"]
     modes = ("training", "eval") if op == "bn_act" else ("eval",)
     return [
         Case(op, dtype, layout, shape, "normal", mode, residual, gate, "relu", "all", seed)

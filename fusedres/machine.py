@@ -25,6 +25,7 @@ from fusedres.native_sources import NATIVE, VARIANTS
 
 PACKAGES = ("numpy", "triton", "torchvision", "timm", "transformers", "onnxruntime", "openvino", "apex")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OPS = (*testing.OPS, "bn_act_pool")
 LAYOUTS = ("channels_last", "contiguous")
 # csrc/params.h numbers its data types so.
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -146,7 +147,7 @@ def _caches() -> list[dict[str, object]]:
 def _backends() -> Iterator[dict[str, object]]:
     """Of every op, device, data type and layout: who serves it, and why not the others."""
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        for op in testing.OPS:
+        for op in OPS:
             for dtype in DTYPES:
                 for layout in LAYOUTS:
                     request = _typical_request(op, device, dtype, layout)
@@ -161,9 +162,11 @@ def _backends() -> Iterator[dict[str, object]]:
 
 
 def _typical_request(op: str, device: str, dtype: torch.dtype, layout: str) -> Request:
-    """The end of a block in training: an identity residual, parameters as autocast has them."""
-    statistics = Statistics.BATCH if op == "bn_act" else Statistics.ABSENT
+    """Training, with parameters as autocast has them: a block's end with an identity residual, a stem's 3x3 pool."""
+    statistics = Statistics.ABSENT if op == "affine_act" else Statistics.BATCH
     parameters = torch.promote_types(dtype, torch.float32)
+    if op == "bn_act_pool":
+        return Request(op, device, dtype, layout, "relu", int(statistics), parameters, window_positions=9)
     return Request(op, device, dtype, layout, "relu", int(statistics), parameters, dtype, layout)
 
 

@@ -35,8 +35,8 @@ def test_info_names_versions_devices_and_who_serves_what(run):
     assert status == 0
     assert found["versions"]["torch"] == torch.__version__
     assert found["devices"][0]["device"] == "cpu"
-    assert {row["op"] for row in found["backends"]} == {"bn_act", "affine_act"}
-    assert {row["backend"] for row in found["backends"]} <= {"native", "reference"}
+    assert {row["op"] for row in found["backends"]} == {"bn_act", "affine_act", "bn_act_pool"}
+    assert {row["backend"] for row in found["backends"]} <= {"native", "triton", "reference"}
     assert run("info")[1].count("channels_last") >= 8
 
 
@@ -65,7 +65,8 @@ def test_the_cap_on_the_instruction_set_shows(native):
 def test_doctor_finds_nothing_wrong(run):
     status, printed, _ = run("doctor")
     assert status == 0
-    assert "ok      bn_act on reference, cpu" in printed
+    for op in machine.OPS:
+        assert f"ok      {op} on reference, cpu" in printed
     assert doctor.FAILED not in printed
 
 
