@@ -73,6 +73,12 @@ FORMS = (
     Form("odd channels", shape=(8, 35, 9, 9), residual="projection"),
     Form("odd planes", shape=(8, 35, 9, 9), residual="projection", channels_last=False),
 )
+SMALL = (  # Triton takes an integer that is 1 for a constant
+    Form("one channel", shape=(4, 1, 5, 5), residual="projection", channels_last=False, gate=(0, 0)),
+    Form("one pixel", shape=(6, 8, 1, 1), residual="plain", channels_last=False, gate=(1, 0)),
+    Form("one tile", shape=(2, 3, 7, 5), residual="projection", gate=(0, 1)),
+    Form("one image", shape=(1, 16, 2, 2), act=4),
+)
 TRAINED = (INTERIOR, BLOCK_END, PROJECTION)
 
 
@@ -224,6 +230,7 @@ def matrix() -> Iterator[tuple[Form, torch.dtype, int]]:
     bf16 = torch.bfloat16
     yield from ((form, bf16, capability) for form, capability in itertools.product(TRAINED, CAPABILITIES))
     yield from ((form, bf16, 90) for form in FORMS if form not in TRAINED)
+    yield from ((form, bf16, 90) for form in SMALL)
     yield from ((PROJECTION, dtype, 90) for dtype in (torch.float32, torch.float16, torch.float64))
 
 

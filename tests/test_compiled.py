@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import compiled
-from compiled import AMD, BLOCK_END, FORMS, PROJECTION, TRAINED, Form, compiled_for_amd, matrix, name_of
+from compiled import AMD, BLOCK_END, FORMS, PROJECTION, SMALL, TRAINED, Form, compiled_for_amd, matrix, name_of
 
 NARROW = 4  # accesses to masks that a kernel may have
 
@@ -33,6 +33,8 @@ def test_nothing_spills_and_the_planned_programs_fit(form: Form, dtype: torch.dt
     for row in rows:
         assert row.usage.spilled_bytes == 0, row
         assert row.resident() >= row.planned, row
+        if form in SMALL:
+            continue
         if row.planned and form.channels_last and form.aligned:
             assert row.usage.loads - row.usage.wide_loads <= (NARROW if form.keeps_mask else 0), row
             if "apply" in row.kernel:

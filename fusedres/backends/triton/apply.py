@@ -35,7 +35,7 @@ def pre_activation(
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def apply(
     x_ptr,
     x_centre_ptr,

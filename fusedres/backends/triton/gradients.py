@@ -47,7 +47,7 @@ def gradient_at(
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "groups", "pieces"])
 def gradient_sums(
     dy_ptr,
     y_ptr,
@@ -138,7 +138,7 @@ def gradient_sums(
         tl.store(row_ptr + 2 * size, tl.sum(sum_gr, axis=0), mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "pieces"])
 def gradient_finish(
     sums_ptr,
     products_ptr,
@@ -200,7 +200,7 @@ def gradient_finish(
             tl.store(slopes_ptr + channels + channel, d.to(slopes_ptr.dtype.element_ty), mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def gate_finish(
     sums_ptr,
     products_ptr,
@@ -238,7 +238,7 @@ def gate_finish(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def gradient_apply(
     dy_ptr,
     y_ptr,

@@ -46,7 +46,7 @@ def merge_all(count, mean, m2):
     return total, average, tl.sum(m2 + count * distance * distance, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "parts"])
 def statistics_parts(
     x_ptr,
     parts_ptr,
@@ -101,7 +101,7 @@ def statistics_parts(
     tl.store(row_ptr + 2 * size, m2, mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def statistics_finish(
     x_ptr,
     parts_ptr,
