@@ -1,6 +1,6 @@
 """Triton's kernels on CPU tensors, run by its interpreter: to be imported first in a process with TRITON_INTERPRET=1.
 
-Two things stand in for a GPU: a device of one processor, so that small tensors are cut into few parts, merged two at a
+Two things stand in for a GPU: a device of two processors, so that small tensors are cut into few parts, merged two at a
 time, and the rounding to bfloat16, which the interpreter truncates and hardware does to nearest even. Every load and
 store is held to the tensors of its launch.
 """
@@ -21,7 +21,7 @@ from fusedres.backends.triton import BACKEND, apply, launch, operand_objection
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "kernels are bound to the interpreter when they are decorated"
 
-launch.device_of = lambda device: launch.Device("interpreter", 90, 1)
+launch.device_of = lambda device: launch.Device("interpreter", 90, 2)
 launch.PARTS_AT_ONCE = 2
 
 INTERPRETED = replace(BACKEND, name="interpreted", objection=operand_objection, keys=("CPU",))
