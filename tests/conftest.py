@@ -15,6 +15,7 @@ from stub_fixtures import fake, home, products, stub  # noqa: F401  fixtures of 
 
 import fusedres
 from fusedres import build
+from fusedres.backends.triton import machine_objection
 from fusedres.native_sources import NATIVE
 
 # Deterministic mode makes torch.empty and its kin hold NaN (integers: the largest value), so that a kernel
@@ -51,18 +52,22 @@ def on_device(device):
         yield
 
 
-@pytest.fixture(params=["reference", "python", "native"])
+# The kernels that a user gets by default on the device under test.
+OWN = "native" if os.environ.get("FUSEDRES_TEST_DEVICE", "cpu") == "cpu" else "triton"
+
+
+@pytest.fixture(params=["reference", "python", OWN])
 def backend(request):
-    """The clause must hold for the reference, for kernels in Python, and for what CPU users get by default."""
+    """The clause must hold for the reference, for kernels in Python, and for what users get by default."""
     if request.param == "reference":
         with fusedres.use_backend("reference"):
             yield request.param
     else:
-        request.getfixturevalue("kernels" if request.param == "python" else "native")
+        request.getfixturevalue("kernels" if request.param == "python" else request.param)
         yield request.param
 
 
-@pytest.fixture(params=["python", "native"])
+@pytest.fixture(params=["python", OWN])
 def kernel_backend(request):
     """A backend that owns kernels."""
     request.getfixturevalue("kernels" if request.param == "python" else "native")
@@ -78,6 +83,12 @@ def native(device):
         pytest.skip("the native kernels need Linux and g++")
     found = build.library(NATIVE)
     assert isinstance(found, build.Library), found.reason
+
+
+@pytest.fixture
+def triton():
+    """Only where the Triton kernels can serve, which they must on a GPU."""
+    assert (reason := machine_objection()) is None, reason
 
 
 @pytest.fixture
