@@ -21,7 +21,7 @@ class View(NamedTuple):
 
     @staticmethod
     def of(t: Tensor) -> View:
-        """Contiguous where it is both, as with one channel or one pixel."""
+        """Contiguous where it is both, as with one channel; planes of one pixel are rows of channels."""
         return View._of(t, not t.is_contiguous() and suggest_memory_format(t) in CHANNELS_LAST.values())
 
     @staticmethod
@@ -34,7 +34,8 @@ class View(NamedTuple):
     @staticmethod
     def _of(t: Tensor, channels_last: bool) -> View:
         images, channels = t.shape[:2]
-        return View(images, t.numel() // (images * channels), channels, channels_last)
+        pixels = t.numel() // (images * channels)
+        return View(images, pixels, channels, channels_last or pixels == 1)
 
     def merged(self) -> View:
         """The images as one where memory allows: for what has no value per image."""
@@ -54,7 +55,7 @@ class View(NamedTuple):
         return t.new_empty(shape, dtype=torch.uint8)
 
     def _memory_format(self, t: Tensor) -> torch.memory_format:
-        return CHANNELS_LAST[t.dim()] if self.channels_last else torch.contiguous_format
+        return CHANNELS_LAST[t.dim()] if self.channels_last and self.pixels > 1 else torch.contiguous_format
 
 
 def accumulation_dtype(t: Tensor) -> torch.dtype:
