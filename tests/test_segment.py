@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from eager import assert_as_accurate_as_eager, assert_matches_eager, observe, pair, randomise, sample
+from eager import assert_as_accurate_as_eager, assert_matches_eager, assert_same_error, observe, pair, randomise, sample
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,6 +69,14 @@ def test_under_autocast_it_is_as_accurate_as_eager(kernel_backend):
         with half():
             assert is_segment(block(input_of(block, torch.bfloat16)))
         assert_as_accurate_as_eager(builder, lambda block=block: input_of(block, torch.bfloat16), context=half)
+
+
+def test_what_autocast_made_possible_is_still_an_error_without_it(kernel_backend):
+    fused, eager = BUILDS["basic, projection"](dtype=torch.float32)
+    x = input_of(fused, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_segment(fused(x))
+    assert_same_error(fused, eager, x)
 
 
 def hooked(block):

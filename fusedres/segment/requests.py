@@ -16,10 +16,13 @@ from fusedres.segment.plan import Step
 
 def computing_dtype(x: Tensor) -> torch.dtype:
     """What a convolution of x computes in, and returns."""
+    return torch.get_autocast_dtype(x.device.type) if _is_cast(x) else x.dtype
+
+
+def _is_cast(x: Tensor) -> bool:
     device = x.device.type
-    if x.dtype == torch.float64 or not torch._C._is_autocast_available(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    available = x.dtype != torch.float64 and torch._C._is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
 
 
 # By metadata alone: how a segment's norms are described to the dispatcher, or None where it can't be one function.
@@ -30,7 +33,7 @@ _MOST_KNOWN = 4096
 def requests_of(
     x: Tensor, shortcut: Tensor | None, dtype: torch.dtype, steps: list[Step], length: int
 ) -> list[Request] | None:
-    key = (_kind(x), shortcut is x or _kind(shortcut), dtype, length, *map(_kind_of_step, steps))
+    key = (_kind(x), shortcut is x or _kind(shortcut), dtype, _is_cast(x), length, *map(_kind_of_step, steps))
     try:
         return _known[key]
     except KeyError:
@@ -46,8 +49,8 @@ def _kind(t: Tensor | None) -> Any:
 
 def _kind_of_step(step: Step) -> Any:
     weight, bias, stride, padding, dilation, _, norm, act = step
-    members = [None if t is None else (t.shape, t.dtype) for t in norm[:4]]
-    return (_kind(weight), bias is None, stride, padding, dilation, act.code, norm.training, norm.eps > 0, *members)
+    members = [None if t is None else (t.shape, t.dtype, t.device) for t in norm[:4]]
+    return (_kind(weight), _kind(bias), stride, padding, dilation, act.code, norm.training, norm.eps > 0, *members)
 
 
 def _describe(
@@ -103,7 +106,7 @@ def _shape_after(x: Tensor, dtype: torch.dtype, steps: list[Step]) -> tuple[int,
         return None
     for step in steps:
         weight, norm = step.weight, step.norm
-        if weight.device != x.device or not _casts(x, weight, dtype):
+        if weight.device != x.device or not _casts(x, step, dtype):
             return None
         channels, _, *window = weight.shape
         # A channels_last weight makes the result channels_last, whatever x is.
@@ -120,8 +123,8 @@ def _shape_after(x: Tensor, dtype: torch.dtype, steps: list[Step]) -> tuple[int,
     return shape
 
 
-def _casts(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether x and the weight are computed with in `dtype`."""
-    if x.dtype == dtype == weight.dtype:
-        return True
-    return computing_dtype(x) == dtype != torch.float64 != weight.dtype and torch.is_autocast_enabled(x.device.type)
+def _casts(x: Tensor, step: Step, dtype: torch.dtype) -> bool:
+    """Whether eager computes the step's convolution in `dtype`."""
+    if _is_cast(x):
+        return torch.float64 not in (dtype, *(t.dtype for t in (step.weight, step.bias) if t is not None))
+    return all(t.dtype == dtype for t in (x, step.weight, step.bias) if t is not None)
