@@ -25,9 +25,12 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.set_num_threads(1)
 
+# Run by test_triton_interpreted.py in a process of their own, in which kernels are bound to the interpreter.
+collect_ignore = ["interpreted.py", "interpreted_kernels.py", "interpreted_mutants.py"]
+
 # What the command line needs comes with the extra `cli`; a machine without it still runs everything else.
 if not all(find_spec(package) for package in ("typer", "rich", "matplotlib")):
-    collect_ignore = ["test_api_page.py", "test_bench.py", "test_cli.py", "test_measured.py", "test_profile.py"]
+    collect_ignore += ["test_api_page.py", "test_bench.py", "test_cli.py", "test_measured.py", "test_profile.py"]
 
 
 def pytest_configure(config):
