@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from _gpu_stage import Run, one_line, release
-from timing import Report, graphed
 from torch import Tensor
 
 from fusedres import dispatch, numerics, testing
 from fusedres.backends import Request
+from fusedres.bench.timing import Report, graphed
 from fusedres.ops import Norm, bn_act
 
 THREADS, STREAMS = 8, 4

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from _gpu_kernels import Step, serving
 from _gpu_machine import copy_bandwidth
 from _gpu_stage import Run, release
-from timing import Call, Report, graphed, interleave, speedup
 from torch import Tensor
 
+from fusedres.bench.timing import Call, Report, graphed, interleave, speedup
 from fusedres.ops import Norm, bn_act
 
 # (N, C, H, W), and the shares of the copy bandwidth to reach: forward, backward.
