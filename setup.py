@@ -5,7 +5,7 @@ FUSEDRES_BUILD chooses what is built ahead of time:
     auto   (default) the compiled library if it can be built here and now, otherwise the pure Python package
     none   the pure Python package
     cpu    the CPU library, or an error
-    cuda   the CPU and CUDA library, or an error
+    cuda   the CPU and the CUDA library, or an error; for all GPUs unless FUSEDRES_CUDA_ARCHITECTURES says which
 
 The pure Python package is complete: it carries the sources, and what wasn't built here is built at first use. An
 editable install is always pure: its library is built at first use, from the sources as they are then.
@@ -31,7 +31,7 @@ package.__path__ = [str(ROOT / "fusedres")]
 sys.modules["fusedres"] = package
 
 from fusedres.build import BuildError, build  # noqa: E402
-from fusedres.native_sources import NATIVE  # noqa: E402
+from fusedres.native_sources import CUDA, NATIVE  # noqa: E402
 
 
 class Choice(enum.Enum):
@@ -52,15 +52,14 @@ def requested() -> Choice:
 
 def builds_ahead(choice: Choice) -> bool:
     """Whether the library goes into this wheel; an explicit choice that can't be met ends the build."""
-    if choice is Choice.CUDA:
-        raise SystemExit("FUSEDRES_BUILD=cuda: this version of fusedres has no CUDA sources (cpu or auto work)")
     if choice is Choice.NONE:
         return False
     if find_spec("torch") is not None:
         return True
-    if choice is Choice.CPU:
+    if choice is not Choice.AUTO:
         raise SystemExit(
-            "FUSEDRES_BUILD=cpu: torch is not in the build environment; install it first and pass --no-build-isolation"
+            f"FUSEDRES_BUILD={choice.value}: torch is not in the build environment; "
+            "install it first and pass --no-build-isolation"
         )
     return False
 
@@ -83,11 +82,14 @@ class BuildPy(build_py):
         shutil.copytree(ROOT / "csrc", into / "csrc", dirs_exist_ok=True)
         if not AHEAD:
             return
+        # A wheel is for other machines' GPUs too.
+        os.environ.setdefault("FUSEDRES_CUDA_ARCHITECTURES", "all")
         try:
-            build(NATIVE, into / "prebuilt")
+            for library in (NATIVE, CUDA) if CHOICE is Choice.CUDA else (NATIVE,):
+                build(library, into / "prebuilt")
         except BuildError as error:
-            if CHOICE is Choice.CPU:
-                raise SystemExit(f"FUSEDRES_BUILD=cpu: {error}") from error
+            if CHOICE is not Choice.AUTO:
+                raise SystemExit(f"FUSEDRES_BUILD={CHOICE.value}: {error}") from error
             print(f"fusedres: {error}; the package installs without the compiled library", file=sys.stderr)
 
 

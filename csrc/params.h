@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "hostdevice.h"
+
 namespace fusedres {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -29,9 +31,11 @@ struct Shape {
   int64_t pixels;
   Order order;
 
-  int64_t elements() const { return images * channels * pixels; }
-  int64_t rows() const { return images * pixels; }
-  int64_t mask_row_bytes() const { return ((order == Order::kPixels ? channels : pixels) + 7) / 8; }
+  FUSEDRES_HOST_DEVICE int64_t elements() const { return images * channels * pixels; }
+  FUSEDRES_HOST_DEVICE int64_t rows() const { return images * pixels; }
+  FUSEDRES_HOST_DEVICE int64_t mask_row_bytes() const {
+    return ((order == Order::kPixels ? channels : pixels) + 7) / 8;
+  }
 };
 
 // Max-pool windows along one dimension; what of a window lies beyond the border is cut off.

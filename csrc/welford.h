@@ -5,18 +5,20 @@
 
 namespace fusedres {
 
+template <class A>
 struct Moments {
-  double count;
-  double mean;
-  double m2;  // sum of (value - mean)^2
+  A count;
+  A mean;
+  A m2;  // sum of (value - mean)^2
 };
 
-FUSEDRES_HOST_DEVICE Moments merge(const Moments& a, const Moments& b) {
-  const double count = a.count + b.count;
-  const double delta = b.mean - a.mean;
-  const double share = b.count / count;
+template <class A>
+FUSEDRES_HOST_DEVICE Moments<A> merge(const Moments<A>& a, const Moments<A>& b) {
+  const A count = a.count + b.count;
+  const A delta = b.mean - a.mean;
+  const A share = count > 0 ? b.count / count : 0;  // both may be empty
   // An infinite part makes the mean infinite, as it does in eager; through delta it would become NaN.
-  const double mean = delta - delta == 0 ? a.mean + delta * share : a.mean + b.mean;
+  const A mean = delta - delta == 0 ? a.mean + delta * share : a.mean + b.mean;
   return {count, mean, a.m2 + b.m2 + delta * delta * a.count * share};
 }
 

@@ -24,7 +24,11 @@ def main() -> int:
     information = choices.add_parser("info", help="versions, devices, caches, and which backend serves which op")
     information.add_argument("--json", action="store_true", help="the same for programs")
     choices.add_parser("doctor", help="try every op on every backend, and say how to mend what is missing")
-    choices.add_parser("build", help="compile the native library now instead of at first use")
+    building = choices.add_parser("build", help="compile the libraries now instead of at first use")
+    names = [library.value for library in commands.LibraryName]
+    help = "cpu, cuda or both; by default what this torch can use"
+    # Without the empty list argparse would refuse to be given none.
+    building.add_argument("library", nargs="*", choices=[*names, []], metavar="LIBRARY", help=help)
     for name in ("bench", "profile", "tune", "cache"):
         choices.add_parser(name, help="needs: pip install 'fusedres[cli]'", add_help=False)
     options, _ = parser.parse_known_args()
@@ -33,7 +37,7 @@ def main() -> int:
     if options.command == "doctor":
         return commands.doctor()
     if options.command == "build":
-        return commands.build()
+        return commands.build(options.library)
     return commands.fail(f"{options.command} needs {', '.join(CLI_PACKAGES)}: pip install 'fusedres[cli]'")
 
 

@@ -8,6 +8,7 @@ cache, and builds it there if need be. It never raises: what can't be had is an 
     FUSEDRES_DISABLE_JIT=1   nothing is built at first use; a library that exists already is used
     FUSEDRES_CACHE           the directory to build in
     CXX                      the compiler, with its first arguments
+    CUDA_HOME, FUSEDRES_CUDA_ARCHITECTURES   for a library with CUDA sources: see fusedres/nvcc.py
 
 Only the standard library is imported here and below: setup.py builds without importing the package.
 """
@@ -19,6 +20,7 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,6 +79,16 @@ def resolved(target: Target) -> Library | Unavailable | None:
     return _resolved.get(target)
 
 
+def is_built_ahead(target: Target) -> bool:
+    """Whether the package carries the library, for these sources or others."""
+    return (PREBUILT / target.name).is_dir()
+
+
+def recorded_compiler(library: Library) -> str:
+    """The compiler that made a library."""
+    return cache.recorded_key(library.path.parent)["compiler"]
+
+
 def build(target: Target, into: Path | None = None) -> Path:
     """Build ahead of time, or raise BuildError; returns the library's path.
 
@@ -93,7 +105,7 @@ def build(target: Target, into: Path | None = None) -> Path:
         raise BuildError(_sentence(error)) from error
 
 
-def prune(target: Target, *, keep_current: bool = True) -> list[Path]:
+def prune(targets: Sequence[Target], *, keep_current: bool = True) -> list[Path]:
     """Remove the entries of older keys from the user's cache, what killed builds left behind too; returns the entries.
 
     Other environments that share the cache lose theirs as well, and build them again when they need them.
@@ -105,16 +117,30 @@ def prune(target: Target, *, keep_current: bool = True) -> list[Path]:
     waiting = Progress(f"waiting for another process, which builds in {root}", 0)
     with cache.locked(root, waiting.update):
         cache.remove_leftovers(root)
-        current = root / entry_name(target) if keep_current else None
-        old = [entry for entry in cache.entries(root) if entry != current]
+        entries = cache.entries(root)
+        kept = current(entries, targets) if keep_current else set()
+        old = [entry for entry in entries if entry not in kept]
         for entry in old:
             cache.discard(entry)
     return old
 
 
+def current(entries: Sequence[Path], targets: Sequence[Target]) -> set[Path]:
+    """Those of the cache's entries that this environment loads; all of a target's where its compiler is missing."""
+    found: set[Path] = set()
+    for target in targets:
+        try:
+            name = entry_name(target)
+        except BuildError:
+            found.update(entry for entry in entries if entry.name.startswith(f"{target.name}-"))
+        else:
+            found.update(entry for entry in entries if entry.name == name)
+    return found
+
+
 def entry_name(target: Target) -> str:
     """The folder in the user's cache that this environment builds into."""
-    return _entry_name(key(target, compiler.find()))
+    return _entry_name(key(target, target.find()))
 
 
 def _entry_name(wanted: Key) -> str:
@@ -189,7 +215,7 @@ def _cached(target: Target, *, jit: bool, on_purpose: bool = False) -> Library:
     if os.statvfs(root).f_flag & os.ST_NOEXEC:
         raise BuildError(f"nothing can be loaded from {root}, which is mounted noexec; set FUSEDRES_CACHE")
     try:
-        chosen = compiler.find()
+        chosen = target.find()
     except BuildError:
         path = _from_any_compiler(root, key(target, None))
         if path is None:
@@ -264,7 +290,7 @@ def _publish(target: Target, chosen: Compiler, wanted: Key, entry: Path) -> None
 
 
 def _build_into(target: Target, into: Path) -> Path:
-    chosen = compiler.find()
+    chosen = target.find()
     into = into.absolute()  # the compiler runs in a directory of its own
     into.mkdir(parents=True, exist_ok=True)
     with cache.temporary(into) as temporary:

@@ -24,7 +24,6 @@ from fusedres.bench.comparison import Comparison
 from fusedres.bench.contestants import BASELINE, CHANNELS_LAST, ENTRIES, FUSED, PEERS, Absent, Entry
 from fusedres.bench.timing import plain
 from fusedres.bench.work import DTYPES, Work
-from fusedres.native_sources import NATIVE
 
 INTERRUPTED = 130
 
@@ -65,9 +64,14 @@ def doctor() -> None:
 
 
 @app.command("build")
-def compile_library() -> None:
-    """Compile the native library now instead of at first use."""
-    raise typer.Exit(commands.build())
+def compile_libraries(
+    libraries: Annotated[
+        list[commands.LibraryName] | None,
+        typer.Argument(metavar="[LIBRARY]...", help="cpu, cuda or both; by default what this torch can use."),
+    ] = None,
+) -> None:
+    """Compile the libraries now instead of at first use."""
+    raise typer.Exit(commands.build([library.value for library in libraries or []]))
 
 
 @app.command()
@@ -93,7 +97,7 @@ def show_cache(
 ) -> None:
     """Where compiled libraries are kept, how large they are; remove old ones, or all."""
     if prune or clear:
-        removed = build.prune(NATIVE, keep_current=not clear)
+        removed = build.prune(machine.TARGETS, keep_current=not clear)
         console.print(f"removed {len(removed)} of the cache's entries")
     root = cache.location()
     kept = cache.entries(root) if root.is_dir() else []

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from enum import Enum
+
+import torch
 
 from fusedres import build as building
 from fusedres import doctor as diagnosis
 from fusedres import machine
-from fusedres.native_sources import NATIVE
+from fusedres.native_sources import CUDA, NATIVE
 
 
 def info(*, as_json: bool) -> int:
@@ -25,9 +29,17 @@ def doctor() -> int:
     return int(failed)
 
 
-def build() -> int:
+class LibraryName(Enum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def build(libraries: Sequence[str]) -> int:
+    """Those named, or what this torch can use."""
+    chosen = libraries or (("cpu", "cuda") if torch.version.cuda else ("cpu",))
     try:
-        print(building.build(NATIVE))  # noqa: T201
+        for name in chosen:
+            print(building.build({"cpu": NATIVE, "cuda": CUDA}[name]))  # noqa: T201
     except building.BuildError as error:
         return fail(str(error))
     return 0

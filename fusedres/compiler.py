@@ -62,7 +62,7 @@ def find() -> Compiler:
     if path is None:
         raise BuildError(f"there is no C++ compiler: {argv[0]} is not on PATH; install g++ or set CXX")
     argv = (os.path.abspath(path), *argv[1:])  # it runs in another folder
-    return Compiler(argv, _version(argv))
+    return Compiler(argv, output((*argv, "--version"))[0])
 
 
 def _chosen() -> tuple[str, ...]:
@@ -74,22 +74,22 @@ def _chosen() -> tuple[str, ...]:
     return named or next(((name,) for name in ("g++", "c++") if shutil.which(name)), ("g++",))
 
 
-def _version(argv: tuple[str, ...]) -> str:
-    command = (*argv, "--version")
+def output(command: tuple[str, ...]) -> list[str]:
+    """The lines that a short command prints: at least one, or BuildError."""
     words = f"`{shlex.join(command)}`"
     try:
         process = _run(command, _environment(), subprocess.PIPE)
     except OSError as error:
         raise BuildError(f"{words} can't be run: {error.strerror}; set CXX") from error
     try:
-        output, _ = process.communicate(timeout=VERSION_SECONDS)
+        printed, _ = process.communicate(timeout=VERSION_SECONDS)
     except subprocess.TimeoutExpired as error:
         _kill(process)
         raise BuildError(f"{words} did not end within {VERSION_SECONDS:.0f} s; set CXX") from error
-    lines = output.decode(errors="replace").strip().splitlines()
+    lines = printed.decode(errors="replace").strip().splitlines()
     if process.returncode or not lines:
         raise BuildError(f"{words} failed ({_ending(process.returncode)}); set CXX")
-    return lines[0]
+    return lines
 
 
 def _run(argv: tuple[str, ...], environment: dict[str, str], output: int | IO[bytes]) -> subprocess.Popen[bytes]:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fusedres.backends import Backend, Request, native, reference, triton
+from fusedres.backends import Backend, Request, cuda, native, reference, triton
 
 # A kernel tells the backward in one byte which value of a window was the largest, and 255 that none was.
 MOST_POSITIONS = 255
 
-ORDER: list[Backend] = [native.BACKEND, triton.BACKEND, reference.BACKEND]
+ORDER: list[Backend] = [native.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND]
 
 # Module globals and not ContextVars: torch.compile guards on the first and breaks on the second.
 _forced: str | None = None

@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 
-from fusedres import build, cache, compiler, dispatch, testing
+from fusedres import build, cache, dispatch, testing
 from fusedres._version import __version__
 from fusedres.backends import Request, Statistics
-from fusedres.native_sources import NATIVE, VARIANTS
+from fusedres.host import HOST
+from fusedres.native_sources import CUDA, NATIVE, VARIANTS
 
+TARGETS = (NATIVE, CUDA, HOST)
 PACKAGES = ("numpy", "triton", "torchvision", "timm", "transformers", "onnxruntime", "openvino", "apex")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPS = (*testing.OPS, "bn_act_pool")
@@ -134,14 +136,9 @@ def _caches() -> list[dict[str, object]]:
     root = cache.location()
     if not root.is_dir():
         return []
-    try:
-        current = build.entry_name(NATIVE)
-    except compiler.BuildError:
-        current = ""
-    return [
-        {"path": str(entry), "bytes": cache.size(entry), "current": entry.name == current}
-        for entry in cache.entries(root)
-    ]
+    entries = cache.entries(root)
+    current = build.current(entries, TARGETS)
+    return [{"path": str(entry), "bytes": cache.size(entry), "current": entry in current} for entry in entries]
 
 
 def _backends() -> Iterator[dict[str, object]]:

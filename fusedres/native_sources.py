@@ -1,4 +1,4 @@
-"""What the native library is compiled from, and how: data for whoever builds it.
+"""What the compiled libraries are made from, and how: data for whoever builds them.
 
 Every file of KERNELS is compiled once per variant, with `-DFUSEDRES_ISA=<variant>` and the variant's flags; every other
 file once. All paths are relative to the folder `csrc`.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+from fusedres import nvcc
 from fusedres.target import Source, Target
 
 COMMON_FLAGS = (
@@ -55,21 +56,64 @@ VARIANTS = {"portable": ("-O2",), **(_X86_VARIANTS if platform.machine() in ("x8
 
 PLAIN = ("cpu/arena.cpp", "cpu/facts.cpp", "cpu/isa.cpp")
 
-# These include torch's headers, those of the stable ABI.
-BINDINGS = ("bindings/operands.cpp", "bindings/ops.cpp", "bindings/tensors.cpp")
+# These include torch's headers, those of the stable ABI: every library's, and the CPU library's alone.
+BINDINGS = ("bindings/operands.cpp", "bindings/tensors.cpp")
+CPU_BINDINGS = ("bindings/bn_act_pool.cpp", "bindings/cpu.cpp")
+
+CUDA_FLAGS = ("-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra")
+
+# Compiled once per element type, with `-DFUSEDRES_ELEMENT=<type>`.
+CUDA_KERNELS = ("cuda/forward.cu", "cuda/backward.cu")
+CUDA_ELEMENTS = ("BFloat16", "Half", "float", "double")
+CUDA_PLAIN = ("cuda/affine_act.cu", "cuda/bn_act.cu", "cuda/facts.cu")
 
 _PACKAGE = Path(__file__).parent
 # A wheel carries the sources in the package; in a checkout they stand beside it.
 CSRC = _PACKAGE / "csrc" if (_PACKAGE / "csrc").is_dir() else _PACKAGE.parent / "csrc"
 
 
-def _sources() -> tuple[Source, ...]:
+def operators(namespace: str, key: str) -> Source:
+    """The file that registers kernels, for a backend's namespace and dispatch key."""
+    return Source("bindings/ops.cpp", (f"-DFUSEDRES_NAMESPACE={namespace}", f"-DFUSEDRES_KEY={key}"))
+
+
+def _native() -> tuple[Source, ...]:
     kernels = [
         Source(path, (f"-DFUSEDRES_ISA={variant}", *flags), variant)
         for path in KERNELS
         for variant, flags in VARIANTS.items()
     ]
-    return (*kernels, *(Source(path) for path in (*PLAIN, *BINDINGS)))
+    return (
+        *kernels,
+        *(Source(path) for path in (*PLAIN, *BINDINGS, *CPU_BINDINGS)),
+        operators("fusedres_native", "CPU"),
+    )
 
 
-NATIVE = Target("native", CSRC, _sources(), flags=COMMON_FLAGS)
+def cuda_kernels(elements: tuple[str, ...] = CUDA_ELEMENTS) -> tuple[Source, ...]:
+    """The CUDA kernels' compilations, one a file and element type."""
+    return tuple(
+        Source(path, (f"-DFUSEDRES_ELEMENT={element}",), element) for element in elements for path in CUDA_KERNELS
+    )
+
+
+def cuda_bindings(namespace: str, key: str) -> tuple[Source, ...]:
+    """All that is not compiled once per element type."""
+    # USE_CUDA: torch declares its current stream for those who define it.
+    return (
+        *map(Source, (*CUDA_PLAIN, *BINDINGS)),
+        Source("bindings/cuda.cpp", ("-DUSE_CUDA",)),
+        operators(namespace, key),
+    )
+
+
+NATIVE = Target("native", CSRC, _native(), flags=COMMON_FLAGS)
+CUDA = Target(
+    "cuda",
+    CSRC,
+    (*cuda_kernels(), *cuda_bindings("fusedres_cuda", "CUDA")),
+    flags=CUDA_FLAGS,
+    # libtorch brings libtorch_cuda, where there is one.
+    link_flags=("-Wl,--no-as-needed", "-ltorch"),
+    find=nvcc.find,
+)

@@ -6,11 +6,12 @@ import hashlib
 import json
 import platform
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from fusedres import cache
+from fusedres import cache, compiler
 from fusedres.compiler import BuildError, Compiler, Step
 
 COMPILE_FLAGS = ("-fPIC", "-g0")
@@ -47,6 +48,7 @@ class Target:
         name: the file's stem.
         root: the folder of the sources and on the include path; every header below it counts as a source.
         links_torch: whether it uses torch's stable ABI, to register operators, and torch's OpenMP runtime.
+        find: finds the compiler, or raises BuildError.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Target:
     flags: tuple[str, ...] = ()
     link_flags: tuple[str, ...] = ()
     links_torch: bool = True
+    find: Callable[[], Compiler] = compiler.find
 
     @property
     def file(self) -> str:
@@ -153,7 +156,8 @@ def _torch() -> _Torch:
 
 def _torch_libraries(torch: _Torch) -> list[str]:
     # torch's own OpenMP runtime by its path, whatever the wheel calls it: never a second one in the process.
-    openmp = sorted(str(path) for path in (torch.folder / "lib").glob("libgomp*.so*"))
+    # Through -Wl: nvcc takes no file for a library whose name ends in a version.
+    openmp = sorted(f"-Wl,{path}" for path in (torch.folder / "lib").glob("libgomp*.so*"))
     return [f"-L{torch.folder / 'lib'}", "-ltorch_cpu", *(openmp[:1] or ["-lgomp"])]
 
 

@@ -14,7 +14,7 @@ import torch
 from stub_fixtures import fake, home, products, stub  # noqa: F401  fixtures of the builder's tests
 
 import fusedres
-from fusedres import build
+from fusedres import build, dispatch
 from fusedres.backends.triton import machine_objection
 from fusedres.native_sources import NATIVE
 
@@ -55,13 +55,13 @@ def on_device(device):
         yield
 
 
-# The kernels that a user gets by default on the device under test.
-OWN = "native" if os.environ.get("FUSEDRES_TEST_DEVICE", "cpu") == "cpu" else "triton"
+# The backends with kernels of their own for the device under test.
+OWN = ("native",) if os.environ.get("FUSEDRES_TEST_DEVICE", "cpu") == "cpu" else ("triton", "cuda")
 
 
-@pytest.fixture(params=["reference", "python", OWN])
+@pytest.fixture(params=["reference", "python", *OWN])
 def backend(request):
-    """The clause must hold for the reference, for kernels in Python, and for what users get by default."""
+    """The clause must hold for the reference, for kernels in Python, and for those of the device."""
     if request.param == "reference":
         with fusedres.use_backend("reference"):
             yield request.param
@@ -70,11 +70,28 @@ def backend(request):
         yield request.param
 
 
-@pytest.fixture(params=["python", OWN])
+@pytest.fixture(params=["python", *OWN])
 def kernel_backend(request):
     """A backend that owns kernels."""
-    request.getfixturevalue("kernels" if request.param == "python" else "native")
+    request.getfixturevalue("kernels" if request.param == "python" else request.param)
     return request.param
+
+
+@pytest.fixture
+def cuda(device):
+    """The compiled CUDA kernels first, only where they can serve; where there is nvcc, they have to."""
+    if device == "cpu":
+        pytest.skip("the CUDA kernels need a GPU: FUSEDRES_TEST_DEVICE=cuda")
+    if shutil.which("nvcc") is None:
+        pytest.skip("the CUDA kernels need nvcc")
+    with fusedres.use_backend("cuda"):  # which raises with an objection
+        fusedres.ops.affine_act(torch.ones(1, 1, 1, 1))
+    order = list(dispatch.ORDER)
+    dispatch.ORDER.sort(key=lambda backend: backend.name != "cuda")
+    dispatch.clear()
+    yield
+    dispatch.ORDER[:] = order
+    dispatch.clear()
 
 
 @pytest.fixture

@@ -126,6 +126,15 @@ def test_cache_prunes_what_is_of_an_older_key(run, two_entries):
     assert names(two_entries) == ["native-new"]
 
 
+def test_cache_keeps_what_could_not_be_built_again(run, two_entries, monkeypatch):
+    def no_compiler(target):
+        raise build.BuildError(f"nothing compiles {target.name}")
+
+    monkeypatch.setattr(build, "entry_name", no_compiler)
+    assert run("cache", "--prune")[0] == 0
+    assert names(two_entries) == ["native-new", "native-old"]
+
+
 def test_cache_clears(run, two_entries):
     status, printed, _ = run("cache", "--clear")
     assert status == 0 and "removed 2" in printed

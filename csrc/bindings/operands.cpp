@@ -37,4 +37,9 @@ void NormTensors::write_back() const {
   running_var.write_back();
 }
 
+NormTensors backward_norm(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& stats,
+                          int64_t statistics) {
+  return {weight, bias, {}, {}, stats, static_cast<Statistics>(statistics), 0, 0};
+}
+
 }  // namespace fusedres

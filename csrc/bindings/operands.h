@@ -44,4 +44,8 @@ struct NormTensors {
   void write_back() const;
 };
 
+// What the backward of a norm is told: no running statistics.
+NormTensors backward_norm(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& stats,
+                          int64_t statistics);
+
 }  // namespace fusedres

@@ -1,6 +1,7 @@
-// The kernels as operators of the namespace fusedres_native. Python defines the schemas; see fusedres/ops.
+// A library's kernels as operators: FUSEDRES_NAMESPACE, FUSEDRES_KEY. Python defines the schemas; see
+// fusedres/ops.
 //
-// A CPU op checks nothing that fusedres.ops.contract and the backend's objections have checked.
+// An op checks nothing that fusedres.ops.contract and the backend's objections have checked.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,26 +9,13 @@
 #include <tuple>
 #include <vector>
 
-#include "../cpu/isa.h"
-#include "../cpu/parallel.h"
+#include "kernels.h"
 #include "operands.h"
 
 namespace fusedres {
-
-void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-  torch::stable::parallel_for(0, count, grain,
-                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
 namespace {
 
 using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// What the backward of a norm is told: no running statistics.
-NormTensors backward_norm(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& stats,
-                          int64_t statistics) {
-  return {weight, bias, {}, {}, stats, static_cast<Statistics>(statistics), 0, 0};
-}
 
 std::tuple<Tensor, Tensor> affine_act_forward(const Tensor& x, const OptionalTensor& scale,
                                               const OptionalTensor& bias, const OptionalTensor& mean,
@@ -39,9 +27,9 @@ std::tuple<Tensor, Tensor> affine_act_forward(const Tensor& x, const OptionalTen
   const Tensor mask = memory.empty_mask(x, keep_mask);
   const AffineTensors affine{scale, bias, mean}, affine_r{scale_r, bias_r, mean_r};
   const DType dtype = dtype_of(x);
-  variant_for(dtype).affine_act_forward({memory.shape(keep_mask), dtype, static_cast<int>(act),
-                                         affine.operand(x.data_ptr()), affine_r.operand(pointer(residual)),
-                                         gate_of(gate), y.data_ptr(), mask_pointer(mask)});
+  run(AffineActForward{memory.shape(keep_mask), dtype, static_cast<int>(act), affine.operand(x.data_ptr()),
+                       affine_r.operand(pointer(residual)), gate_of(gate), y.data_ptr(), mask_pointer(mask)},
+      x);
   return {y, mask};
 }
 
@@ -71,9 +59,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_forward(
                            momentum_r,
                            eps_r};
   const DType dtype = dtype_of(x);
-  variant_for(dtype).bn_act_forward({memory.shape(keep_mask), dtype, static_cast<int>(act),
-                                     norm.operand(x.data_ptr()), norm_r.operand(pointer(residual)),
-                                     gate_of(gate), y.data_ptr(), mask_pointer(mask)});
+  run(BnActForward{memory.shape(keep_mask), dtype, static_cast<int>(act), norm.operand(x.data_ptr()),
+                   norm_r.operand(pointer(residual)), gate_of(gate), y.data_ptr(), mask_pointer(mask)},
+      x);
   norm.write_back();
   norm_r.write_back();
   return {y, norm.stats, norm_r.stats, mask};
@@ -116,10 +104,11 @@ SevenTensors affine_act_backward(const Tensor& dy, const OptionalTensor& y, cons
   const BackwardTensors tensors(dy, y, mask, x, residual, gate, needs);
   const AffineTensors affine{scale, bias, mean}, affine_r{scale_r, bias_r, mean_r};
   const DType dtype = dtype_of(dy);
-  variant_for(dtype).affine_act_backward(
-      {tensors.memory.shape(mask.has_value()), dtype, static_cast<int>(act), tensors.dense_dy.data_ptr(),
-       pointer(y), static_cast<const uint8_t*>(pointer(mask)), affine.operand(pointer(x)),
-       affine_r.operand(pointer(residual)), gate_of(gate), tensors.gradients()});
+  run(AffineActBackward{tensors.memory.shape(mask.has_value()), dtype, static_cast<int>(act),
+                        tensors.dense_dy.data_ptr(), pointer(y), static_cast<const uint8_t*>(pointer(mask)),
+                        affine.operand(pointer(x)), affine_r.operand(pointer(residual)), gate_of(gate),
+                        tensors.gradients()},
+      dy);
   return tensors.results;
 }
 
@@ -133,79 +122,20 @@ SevenTensors bn_act_backward(const Tensor& dy, const OptionalTensor& y, const Op
   const NormTensors norm = backward_norm(weight, bias, stats, statistics);
   const NormTensors norm_r = backward_norm(weight_r, bias_r, stats_r, statistics_r);
   const DType dtype = dtype_of(dy);
-  variant_for(dtype).bn_act_backward({tensors.memory.shape(mask.has_value()), dtype, static_cast<int>(act),
-                                      tensors.dense_dy.data_ptr(), pointer(y),
-                                      static_cast<const uint8_t*>(pointer(mask)), norm.operand(pointer(x)),
-                                      norm_r.operand(pointer(residual)), gate_of(gate), tensors.gradients()});
+  run(BnActBackward{tensors.memory.shape(mask.has_value()), dtype, static_cast<int>(act),
+                    tensors.dense_dy.data_ptr(), pointer(y), static_cast<const uint8_t*>(pointer(mask)),
+                    norm.operand(pointer(x)), norm_r.operand(pointer(residual)), gate_of(gate),
+                    tensors.gradients()},
+      dy);
   return tensors.results;
-}
-
-Pool pool_of(const Tensor& x, const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-             const std::vector<int64_t>& padding) {
-  auto axis = [&](int index) {
-    const int64_t size = x.size(2 + index), k = kernel[index], s = stride[index], p = padding[index];
-    return PoolAxis{size, (size + 2 * p - k) / s + 1, k, s, p};
-  };
-  return {axis(0), axis(1)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> bn_act_pool_forward(
-    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var, int64_t statistics,
-    double momentum, double eps, const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-    const std::vector<int64_t>& padding, int64_t act, bool keep_choice) {
-  const Memory memory = memory_of(x);
-  const Pool pool = pool_of(x, kernel, stride, padding);
-  const Memory pooled = memory.pooled(pool.rows.outputs, pool.columns.outputs);
-  const Tensor y = pooled.empty_output(x);
-  const Tensor choice = pooled.empty_bytes(x, keep_choice);
-  const NormTensors norm{weight,
-                         bias,
-                         running_mean,
-                         running_var,
-                         empty_statistics(x, statistics),
-                         static_cast<Statistics>(statistics),
-                         momentum,
-                         eps};
-  const DType dtype = dtype_of(x);
-  variant_for(dtype).bn_act_pool_forward({memory.shape(memory.order()), dtype, static_cast<int>(act),
-                                          norm.operand(x.data_ptr()), pool, y.data_ptr(),
-                                          mask_pointer(choice)});
-  norm.write_back();
-  return {y, norm.stats, choice};
-}
-
-std::tuple<Tensor, Tensor, Tensor> bn_act_pool_backward(
-    const Tensor& dy, const Tensor& choice, const Tensor& x, const OptionalTensor& weight,
-    const Tensor& stats, int64_t statistics, const std::vector<int64_t>& kernel,
-    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::vector<bool>& needs) {
-  const Memory memory = memory_of(x);
-  const Pool pool = pool_of(x, kernel, stride, padding);
-  const Tensor dense_dy = memory.pooled(pool.rows.outputs, pool.columns.outputs).dense(dy);
-  auto per_channel = [&](bool needed) { return empty_accumulation(x, {needed ? memory.channels : 0}); };
-  const Tensor dx = needs[0] ? memory.empty_output(x) : empty_nothing(x);
-  const Tensor dweight = per_channel(needs[1]), dbias = per_channel(needs[2]);
-  const NormTensors norm = backward_norm(weight, {}, stats, statistics);
-  const DType dtype = dtype_of(x);
-  variant_for(dtype).bn_act_pool_backward({memory.shape(memory.order()),
-                                           dtype,
-                                           dense_dy.data_ptr(),
-                                           static_cast<const uint8_t*>(choice.data_ptr()),
-                                           norm.operand(x.data_ptr()),
-                                           pool,
-                                           {result_pointer(dx), result_pointer(dweight),
-                                            result_pointer(dbias), nullptr, nullptr, nullptr, nullptr}});
-  return {dx, dweight, dbias};
 }
 
 }  // namespace
 }  // namespace fusedres
 
-STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FUSEDRES_NAMESPACE, FUSEDRES_KEY, m) {
   m.impl("affine_act_forward", TORCH_BOX(&fusedres::affine_act_forward));
   m.impl("affine_act_backward", TORCH_BOX(&fusedres::affine_act_backward));
   m.impl("bn_act_forward", TORCH_BOX(&fusedres::bn_act_forward));
   m.impl("bn_act_backward", TORCH_BOX(&fusedres::bn_act_backward));
-  m.impl("bn_act_pool_forward", TORCH_BOX(&fusedres::bn_act_pool_forward));
-  m.impl("bn_act_pool_backward", TORCH_BOX(&fusedres::bn_act_pool_backward));
 }

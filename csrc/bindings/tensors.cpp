@@ -12,10 +12,12 @@ using torch::headeronly::ScalarType;
 
 Tensor empty_strided(const Tensor& like, int32_t dtype, const std::vector<int64_t>& sizes,
                      const std::vector<int64_t>& strides) {
+  int32_t device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), dtype, aoti_torch_device_type_cpu(),
-                                                  like.get_device_index(), &made));
+                                                  strides.data(), dtype, device, like.get_device_index(),
+                                                  &made));
   return Tensor(made);
 }
 
@@ -141,6 +143,10 @@ Tensor empty_statistics(const Tensor& x, int64_t statistics) {
 
 Tensor empty_accumulation(const Tensor& x, const std::vector<int64_t>& sizes) {
   return empty_strided(x, accumulation_dtype(x), sizes, contiguous_strides(sizes));
+}
+
+Tensor empty_bytes(const Tensor& like, int64_t bytes) {
+  return empty_strided(like, aoti_torch_dtype_uint8(), {bytes}, {1});
 }
 
 Tensor empty_nothing(const Tensor& x) { return empty_strided(x, raw_dtype(x), {0}, {1}); }

@@ -73,5 +73,6 @@ Memory memory_of_backward(const Tensor& dy, const std::optional<Tensor>& y, cons
 Tensor empty_statistics(const Tensor& x, int64_t statistics);  // (3, C), or (0,) for an absent norm
 Tensor empty_accumulation(const Tensor& x, const std::vector<int64_t>& sizes);  // in the accumulation dtype
 Tensor empty_nothing(const Tensor& x);
+Tensor empty_bytes(const Tensor& like, int64_t bytes);  // scratch
 
 }  // namespace fusedres

@@ -39,7 +39,9 @@ void finish_statistics(const NormOperand& norm, const WideShape& wide, const Par
     const double part_values = static_cast<double>((range.end - range.begin) * pixels);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = part * channels + first + i;
-      const Moments merged = merge({values, mean[i], m2[i]}, {part_values, pass.mean[at], pass.m2[at]});
+      const Moments<double> before{values, mean[i], m2[i]},
+          part_moments{part_values, pass.mean[at], pass.m2[at]};
+      const Moments<double> merged = merge(before, part_moments);
       mean[i] = merged.mean;
       m2[i] = merged.m2;
     }

@@ -14,6 +14,11 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def objection(request: Request) -> str | None:
     """Why the kernels can't serve a request, as one sentence."""
+    return operand_objection(request) or _library_objection(request)
+
+
+def operand_objection(request: Request) -> str | None:
+    """Why compiled kernels can't take such operands; they are the same for every device."""
     if request.dtype not in _DTYPES:
         return f"its kernels have no {request.dtype}; convert x to one of {', '.join(map(str, _DTYPES))}"
     if request.layout == "strided":
@@ -28,7 +33,7 @@ def objection(request: Request) -> str | None:
         return (
             f"its kernels take a gate of {request.dtype} or torch.float32, not {request.gate_dtype}; convert the gate"
         )
-    return _residual_objection(request) or _library_objection(request)
+    return _residual_objection(request)
 
 
 def _residual_objection(request: Request) -> str | None:
