@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-full test-oldest test-san lint format package bench measured errors coverage compiled api wheel clean
+.PHONY: help venv demo test test-full test-oldest test-san lint format package bench measured errors coverage compiled compiled-cuda api wheel clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -71,6 +71,9 @@ coverage: $(VENV)/dev.stamp  ## regenerate docs/coverage.md
 
 compiled: $(VENV)/dev.stamp  ## regenerate docs/compiled.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compiled.py docs/compiled.md
+
+compiled-cuda: $(VENV)/dev.stamp  ## regenerate docs/compiled_cuda.md; needs nvcc and cuobjdump, and no GPU
+	$(BIN)/python benchmarks/compiled_cuda.py docs/compiled_cuda.md
 
 api: $(VENV)/dev.stamp  ## regenerate docs/api.md
 	$(BIN)/python docs/api.py docs/api.md

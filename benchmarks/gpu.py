@@ -28,11 +28,13 @@ from typing import Any, NoReturn
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
+import _gpu_backends as backends
 import _gpu_baseline as baseline
 import _gpu_kernels as kernels
 import _gpu_machine as machine
 import _gpu_ops as ops
 import _gpu_profile as profile
+import _gpu_sanitizers as sanitizers
 import _gpu_suite as suite
 import torch
 from _gpu_stage import Run, one_line
@@ -57,8 +59,10 @@ STAGES = {
     "env": Stage(machine.env, machine.env_summary),
     "ceilings": Stage(machine.ceilings, machine.ceilings_summary),
     "suite": Stage(suite.suite, suite.suite_summary),
+    "sanitizers": Stage(sanitizers.sanitizers, sanitizers.summary),
     "kernels": Stage(kernels.kernels, kernels.summary),
     "ops": Stage(ops.ops, ops.summary),
+    "backends": Stage(backends.backends, backends.summary),
     "baseline-train-resnet50": Stage(partial(baseline.train, "resnet50"), baseline.summary),
     "baseline-train-resnet18": Stage(partial(baseline.train, "resnet18"), baseline.summary),
     "baseline-infer": Stage(baseline.infer, baseline.summary),
