@@ -109,7 +109,7 @@ def test_other_devices_are_objected_to_by_name(device: str) -> None:
 CHOOSING = """
 import sys, torch, fusedres
 from fusedres import dispatch
-assert [backend.name for backend in dispatch.ORDER] == ["native", "triton", "reference"]
+assert [backend.name for backend in dispatch.ORDER] == ["native", "triton", "cuda", "reference"]
 with fusedres.use_backend("reference"):
     fusedres.ops.affine_act(torch.randn(2, 3, 4, 4))
 assert "triton" not in sys.modules and not torch.cuda.is_initialized()

@@ -111,15 +111,15 @@ class Backward:
         # Without an activation and a norm of its own the shortcut's gradient is dy itself.
         dr = dy if step.act is IDENTITY and projection is None else None
         wanted = [wants_output, *self._wants(index)[2:], wants_residual and dr is None, False, False, False]
-        residual = None
+        link = self._with_output(index, step, entering)
+        residual = None if step.act.from_output else self.source
         if projection is not None:
             link_r = self._with_output(index + 1, projection, self.source)
             residual = link_r.output
             weight_r, bias_r, *norm_r = self._wants(index + 1)
             wanted[3:6] = wants_residual or weight_r or bias_r, *norm_r
-        link = self._with_output(index, step, entering)
-        if projection is None and not step.act.from_output:
-            residual = self.source if link.output is None else in_layout_of(link.output, self.source)
+        if residual is not None and link.output is not None:
+            residual = in_layout_of(link.output, residual)
         dx = None
         if any(wanted):
             dx, dweight, dbias, found, dweight_r, dbias_r, _ = _normalise_backward(
