@@ -74,7 +74,7 @@ def threads() -> None:
 
 @pytest.fixture(scope="session")
 def budget(quick: bool) -> Budget:
-    return Budget(rounds=5, sample_ms=2.0, seconds=1.0) if quick else Budget(rounds=25, sample_ms=20.0, seconds=20.0)
+    return Budget(rounds=5, sample_ms=2.0, seconds=1.0) if quick else Budget(rounds=25, sample_ms=20.0, seconds=90.0)
 
 
 @pytest.fixture(scope="session")
