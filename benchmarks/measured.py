@@ -95,6 +95,9 @@ class Run:
         for index, race in enumerate(race for race in self.races if race.name.startswith(TRADEOFF)):
             yield self.chart.with_stem(f"{self.chart.stem}-memory-{index + 1}"), race
 
+    def pictures(self) -> list[Path]:
+        return [self.chart, *(picture for picture, _ in self.tradeoffs())]
+
     @property
     def digest(self) -> str:
         return hashlib.sha256(self.path.read_bytes()).hexdigest()

@@ -84,11 +84,13 @@ def tradeoff(
     """Peak megabytes against milliseconds, a point for each name; nearer to the corner is better."""
     with pyplot.rc_context(_STYLE):
         figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 4.4), layout="constrained")
-        for name, (milliseconds, megabytes) in points.items():
-            colour = OURS if name.startswith(FUSED) else THEIRS
-            axes.scatter(milliseconds, megabytes, s=70, color=colour)
-            axes.annotate(name, (milliseconds, megabytes), (7, 5), textcoords="offset points", color=colour)
-        axes.set_xlim(0, 1.25 * max(milliseconds for milliseconds, _ in points.values()))
+        for index, (name, point) in enumerate(points.items()):
+            ours = name.startswith(FUSED)
+            colour, side = (OURS, "right") if ours else (THEIRS, "left")
+            offset = (-9, -4) if ours else (7, (5, -14)[index % 2])  # apart from their neighbours' names
+            axes.scatter(*point, s=70, color=colour)
+            axes.annotate(name, point, offset, textcoords="offset points", color=colour, ha=side)
+        axes.set_xlim(0, 1.2 * max(milliseconds for milliseconds, _ in points.values()))
         axes.set_ylim(0, 1.15 * max(megabytes for _, megabytes in points.values()))
         axes.set_xlabel("milliseconds a step, median")
         axes.set_ylabel("peak MB of a step")
