@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -114,17 +114,8 @@ def triton():
 @pytest.fixture
 def kernels():
     """Only with the Python kernels: for what could not fail on the reference."""
-    with python_kernels():
+    with python_backend.registered():
         yield
-
-
-@contextmanager
-def python_kernels():
-    fusedres.ops.register_backend(python_backend.BACKEND)
-    try:
-        yield
-    finally:
-        fusedres.ops.unregister_backend(python_backend.BACKEND)
 
 
 @pytest.fixture

@@ -10,11 +10,14 @@ Everything is computed in fp64 and rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedres import ops
 from fusedres.backends import Backend, Request, Statistics, Window
 from fusedres.epilogue import CATALOGUE, Activation
 from fusedres.ops import kernels
@@ -257,3 +260,13 @@ BACKEND = Backend(
     },
     keys=("CPU", "CUDA"),
 )
+
+
+@contextmanager
+def registered(backend: Backend = BACKEND) -> Iterator[Backend]:
+    """With `backend` first in the dispatcher's order."""
+    ops.register_backend(backend)
+    try:
+        yield backend
+    finally:
+        ops.unregister_backend(backend)

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import emulation_target
 import pytest
+import python_backend
 import test_native
 import test_native_backend
 import torch
 
-import fusedres
 from fusedres import build, numerics, testing
 
 # name: multiprocessors, bytes of shared memory, cooperative launches. Of the shared memory 9 KB (fp64) or 4.5 KB are
@@ -43,9 +43,8 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     for name, value in zip(("MULTIPROCESSORS", "SHARED_BYTES", "COOPERATIVE"), device, strict=True):
         monkeypatch.setenv(f"FUSEDRES_EMULATED_{name}", str(value))
     monkeypatch.setattr(test_native, "operators", lambda: torch.ops.fusedres_emulated)
-    fusedres.ops.register_backend(emulation_target.BACKEND)
-    yield
-    fusedres.ops.unregister_backend(emulation_target.BACKEND)
+    with python_backend.registered(emulation_target.BACKEND):
+        yield
 
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -112,9 +111,10 @@ def test_any_alignment_gives_the_same_bits(dtype: torch.dtype, offset: int, chan
 @pytest.mark.parametrize("op", ["bn_act", "frozen bn_act", "affine_act"])
 def test_norms_in_half_precision_are_converted_and_move(op: str) -> None:
     given = [t.bfloat16() for t in (torch.randn(4, 6, 8, 8), *torch.rand(2, 6), torch.zeros(6), torch.ones(6))]
+    ulps = 2 * torch.finfo(torch.bfloat16).eps
     emulated, eager = (test_native_backend.results(name, test_native_backend.OPS[op], *given) for name in NAMES)
     for found, expected in zip(emulated, eager, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+        torch.testing.assert_close(found, expected, rtol=ulps, atol=ulps * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("emulated", ["all on chip", "much read again"], indirect=True)

@@ -1,5 +1,7 @@
 """Which backend serves a call, how that is forced, and what explain says about it."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -28,9 +30,8 @@ def picky():
         return None if request.layout in ("channels_last", "both") else "x is not channels_last; convert the model"
 
     backend = replace(python_backend.BACKEND, name="picky", objection=objection)
-    fusedres.ops.register_backend(backend)
-    yield backend
-    fusedres.ops.unregister_backend(backend)
+    with python_backend.registered(backend):
+        yield backend
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_choices():
@@ -51,6 +52,17 @@ def test_a_registered_backend_comes_first_and_is_gone_once_unregistered():
     assert served_by(block, x) == before
     with pytest.raises(ValueError, match="got 'python'"):
         fusedres.use_backend("python").__enter__()
+
+
+def test_torchscript_never_takes_another_object_for_an_operator_that_left():
+    operators = []
+    for _ in range(2):  # the first one's last references go with the second one's registration
+        with python_backend.registered():
+            packet = torch.ops.fusedres_python.bn_act_forward
+            operators.append(weakref.ref(packet._op))
+            del packet
+    gc.collect()
+    assert all(operator() is not None for operator in operators)
 
 
 def test_use_backend_forces_one_nests_and_is_undone_by_an_exception(kernels):
@@ -198,8 +210,7 @@ def test_what_surrounds_a_call_is_named_as_the_reason():
 
 def test_a_backend_without_kernels_for_an_op_leaves_it_to_the_next():
     kernels = {name: f for name, f in python_backend.BACKEND.kernels.items() if "pool" not in name}
-    fusedres.ops.register_backend(replace(python_backend.BACKEND, name="partial", kernels=kernels))
-    try:
+    with python_backend.registered(replace(python_backend.BACKEND, name="partial", kernels=kernels)):
         x, norm = torch.randn(2, 3, 4, 4, requires_grad=True), fusedres.ops.Norm(training=True)
         assert fusedres.ops.bn_act_pool(x, norm, kernel_size=2).shape == (2, 3, 2, 2)
         with (
@@ -207,5 +218,3 @@ def test_a_backend_without_kernels_for_an_op_leaves_it_to_the_next():
             pytest.raises(RuntimeError, match="it has no kernels for bn_act_pool"),
         ):
             fusedres.ops.bn_act_pool(x, norm, kernel_size=2)
-    finally:
-        fusedres.ops.unregister_backend(dispatch.backend("partial"))

@@ -1,6 +1,5 @@
 """The comparisons catch what they are for: each wrong kernel below must fail the one that the right kernels pass."""
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from eager import assert_matches_eager, identity_pair, pair, projection_pair, randomise, sample
 from torch import nn
 
-import fusedres
 from fusedres.backends import Statistics
 from fusedres.epilogue import CATALOGUE
 from fusedres.residual import Residual, Stage, run
@@ -54,14 +52,9 @@ def assert_blocks_match_eager():
                 assert_matches_eager(fused.train(training), eager.train(training), x)
 
 
-@contextmanager
 def registered(**kernels):
     backend = replace(python_backend.BACKEND, kernels={**python_backend.BACKEND.kernels, **kernels})
-    fusedres.ops.register_backend(backend)
-    try:
-        yield
-    finally:
-        fusedres.ops.unregister_backend(backend)
+    return python_backend.registered(backend)
 
 
 def test_the_right_kernels_pass():

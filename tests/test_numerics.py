@@ -6,7 +6,7 @@ import pytest
 import python_backend
 import torch
 
-from fusedres import numerics, ops, testing
+from fusedres import numerics, testing
 from fusedres.backends import Statistics, Window
 
 CASES = testing.cases(2000)
@@ -58,8 +58,7 @@ _exact_statistics = python_backend.batch_statistics
 @pytest.mark.parametrize("statistics", [_sum_of_squares, _rounded_mean], ids=lambda f: f.__name__)
 def test_the_bar_catches_poor_statistics(statistics, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(python_backend, "batch_statistics", statistics)
-    ops.register_backend(python_backend.BACKEND)
-    try:
+    with python_backend.registered():
         chosen = [
             case
             for case in testing.cases(1200, large=0)
@@ -67,6 +66,4 @@ def test_the_bar_catches_poor_statistics(statistics, monkeypatch: pytest.MonkeyP
             and case.values == "mean1e4" and case.layout == "contiguous" and case.residual != "projection"
         ]  # fmt: skip
         rows = [row for case in chosen for row in numerics.compare(case)]
-    finally:
-        ops.unregister_backend(python_backend.BACKEND)
     assert any(row.fails_alone() for row in rows) or any(pool.fails() for pool in numerics.pools(rows))

@@ -6,7 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import python_backend
 
-from fusedres import numerics, ops, testing
+from fusedres import numerics, testing
 from fusedres.epilogue import CATALOGUE
 
 
@@ -24,8 +24,5 @@ from fusedres.epilogue import CATALOGUE
 def test_any_shape_layout_and_form_is_within_the_bar(shape, layout, dtype, op, residual, gate, act, seed) -> None:
     mode = "training" if op == "bn_act" and shape[0] * shape[2] * shape[3] > 1 else "eval"
     case = testing.Case(op, dtype, layout, shape, "normal", mode, residual, gate, act, "all", seed)
-    ops.register_backend(python_backend.BACKEND)
-    try:
+    with python_backend.registered():
         assert not [row for row in numerics.compare(case) if row.fails_alone()]
-    finally:
-        ops.unregister_backend(python_backend.BACKEND)

@@ -93,6 +93,9 @@ class Kernels:
 
 _registered: dict[tuple[str, str], Kernels] = {}
 _libraries: dict[str, torch.library.Library] = {}
+# TorchScript remembers an operator by its id() and for ever. Were a retired one freed, whatever object took its place
+# in memory would pass for it, and a model that holds that object could not be scripted.
+_retired: list[Kernels] = []
 
 
 def of(backend: Backend, op: str) -> Kernels:
@@ -120,8 +123,8 @@ def unregister(backend: Backend) -> None:
     """Undo `register`."""
     dispatch.ORDER.remove(backend)
     dispatch.clear()
-    for name, op in [key for key in _registered if key[0] == backend.name]:
-        del _registered[name, op]
+    for key in [key for key in _registered if key[0] == backend.name]:
+        _retired.append(_registered.pop(key))
     library = _libraries.pop(backend.name, None)
     if library is not None:
         library._destroy()
