@@ -28,7 +28,7 @@ demo: $(VENV)/runtime.stamp  ## swap the blocks of a ResNet-50; compare results,
 test: lint package $(VENV)/dev.stamp  ## linters, types, and every test but the slow ones
 	$(PYTEST) -n $(WORKERS) --durations=20 --doctest-modules tests fusedres $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(BENCHMARKS) --benchmark-only --quick --benchmark-columns=median
-	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py --batch 2 --size 64 --rounds 3
+	FUSEDRES_MIN_ELEMENTS=0 OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py --batch 2 --size 64 --rounds 3
 
 test-full: $(VENV)/dev.stamp  ## every test, the slow ones too
 	$(PYTEST) -n $(WORKERS) --durations=20 --doctest-modules -m "" tests fusedres $(ARGS)

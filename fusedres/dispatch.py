@@ -1,7 +1,7 @@
 """Which backend serves a call: an ordered list, the reference last, and the first without an objection.
 
-FUSEDRES_BACKEND forces a backend and FUSEDRES_DISABLE=1 sends every block to its eager path; both are read once, at
-import.
+FUSEDRES_BACKEND forces a backend, FUSEDRES_DISABLE=1 sends every block to its eager path, and FUSEDRES_MIN_ELEMENTS
+says from what size of input on a block on a CPU leaves that path; all are read once, at import.
 """
 
 from __future__ import annotations
@@ -21,9 +21,18 @@ MOST_POSITIONS = 255
 
 ORDER: list[Backend] = [native.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND]
 
+
+def _number(given: str) -> int:
+    if not given.isdecimal():
+        raise ValueError(f"FUSEDRES_MIN_ELEMENTS must be a number of elements; got {given!r}")
+    return int(given)
+
+
 # Module globals and not ContextVars: torch.compile guards on the first and breaks on the second.
 _forced: str | None = None
 disabled: bool = os.environ.get("FUSEDRES_DISABLE", "0") not in ("", "0")
+# In smaller tensors a pass over memory that is saved is worth less than a call from Python costs.
+min_elements: int = _number(os.environ.get("FUSEDRES_MIN_ELEMENTS") or "262144")
 _chosen: dict[Request, Backend] = {}
 
 
@@ -154,6 +163,22 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         force(previous)
+
+
+def is_forced() -> bool:
+    """Whether somebody asked for one backend."""
+    return _forced is not None
+
+
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Have inputs of every size fused."""
+    global min_elements
+    previous, min_elements = min_elements, 0
+    try:
+        yield
+    finally:
+        min_elements = previous
 
 
 def force(name: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusedres.backends import Norm, Window
 
@@ -55,38 +55,51 @@ def window_of(pool: nn.Module) -> Window | None:
     return Window(*sizes) if pool.dilation in (1, (1, 1)) else None
 
 
-def dtypes_fit(dtype: torch.dtype, norm: Any) -> bool:
+def _member(module: nn.Module, name: str) -> Any:
+    """A parameter, buffer or attribute; `nn.Module.__getattr__` takes five times as long to find the first two."""
+    parameters = module._parameters
+    if name in parameters:
+        return parameters[name]
+    buffers = module._buffers
+    return buffers[name] if name in buffers else getattr(module, name)
+
+
+def dtypes_fit(dtype: torch.dtype, norm: nn.Module) -> bool:
     """Whether the norm keeps the dtype: it does half activations with fp32 parameters, unless it is frozen."""
-    weight = norm.weight
+    weight = _member(norm, "weight")
     if weight is None or weight.dtype == dtype:
         return True
     return dtype in _HALF and weight.dtype == torch.float32 and not _is_frozen(type(norm))
 
 
-def count_batch(norm: Any) -> None:
+def count_batch(norm: nn.Module | None) -> None:
     """Move num_batches_tracked as the norm's forward does."""
-    if norm is not None and _counts(norm):
-        norm.num_batches_tracked.add_(1)
+    counter = None if norm is None else _counter(norm)
+    if counter is not None:
+        counter.add_(1)
 
 
-def _counts(norm: Any) -> bool:
-    if not norm.training or _is_frozen(type(norm)):
-        return False
-    return norm.track_running_stats and norm.num_batches_tracked is not None
+def _counter(norm: Any) -> Tensor | None:
+    """Of the batches, where this call counts its own."""
+    if not norm.training or _is_frozen(type(norm)) or not norm.track_running_stats:
+        return None
+    return _member(norm, "num_batches_tracked")
 
 
 def norm_of(module: Any) -> Norm:
     """What the module's forward would pass to `torch.nn.functional.batch_norm`, the batch being counted."""
+    weight, bias = _member(module, "weight"), _member(module, "bias")
+    mean, var = _member(module, "running_mean"), _member(module, "running_var")
     if _is_frozen(type(module)):
-        return Norm(module.weight, module.bias, module.running_mean, module.running_var, eps=module.eps)
-    mean, var, training = module.running_mean, module.running_var, module.training
+        return Norm(weight, bias, mean, var, eps=module.eps)
+    training, momentum = module.training, module.momentum
     tracks = not training or module.track_running_stats
-    momentum = module.momentum
     if momentum is None:
-        momentum = 1.0 / float(module.num_batches_tracked) if _counts(module) else 0.0
+        counter = _counter(module)
+        momentum = 0.0 if counter is None else 1.0 / float(counter)
     return Norm(
-        module.weight,
-        module.bias,
+        weight,
+        bias,
         mean if tracks else None,
         var if tracks else None,
         training or (mean is None and var is None),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
@@ -20,7 +21,7 @@ from torch.nn.modules import module as nn_module
 from fusedres import dispatch
 from fusedres.epilogue import IDENTITY, Activation, of_module
 from fusedres.executor import Parts, Span, execute
-from fusedres.memory import of_block
+from fusedres.memory import Memory, of_block
 from fusedres.modules import is_hooked, norm_objection
 
 
@@ -96,11 +97,39 @@ def objection(block: nn.Module, residual: Residual) -> str | None:
 
 def run(block: nn.Module, residual: Residual, x: Tensor, eager: Callable[[Tensor], Tensor]) -> Tensor:
     """The block's output: fused, or by `eager` wherever the formula does not apply to this call."""
-    parts = _ambient_objection(x) or _resolve(block, residual)
+    parts = _SMALL if _is_small(block, residual, x) else _ambient_objection(x) or _resolve(block, residual)
     if dispatch.recorder is None:
         return eager(x) if isinstance(parts, str) else execute(parts, x)
     with dispatch.recorder.inside(block, parts if isinstance(parts, str) else None):
         return eager(x) if isinstance(parts, str) else execute(parts, x)
+
+
+_SMALL = "the input is small: eager is faster below FUSEDRES_MIN_ELEMENTS elements"
+
+
+def _is_small(block: nn.Module, residual: Residual, x: Tensor) -> bool:
+    """Whether a call costs more than the fusion saves, and nothing else asks for it; this runs in every tiny call.
+
+    A chain without a shortcut is never small: a stem's input says little about what its norm takes.
+    """
+    return (
+        residual.shortcut is not None
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None  # a size is a tensor there
+        and x.numel() < dispatch.min_elements
+        and x.is_cpu
+        and not dispatch.is_forced()
+        and of_block(block) is Memory.FAST
+        and not _synchronises(block)
+    )
+
+
+def _synchronises(block: nn.Module) -> bool:
+    """Whether a norm does, or might: torch's own refuses CPU tensors."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return any(type(module) is nn.SyncBatchNorm for module in block.modules())
 
 
 def _ambient_objection(x: Tensor) -> str | None:

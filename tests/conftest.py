@@ -25,6 +25,10 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.set_num_threads(1)
 
+# Tests are small, and nearly all of them are about what is fused; a variable for the processes that they start.
+os.environ["FUSEDRES_MIN_ELEMENTS"] = "0"
+dispatch.min_elements = 0
+
 # Run by test_triton_interpreted.py in a process of their own, in which kernels are bound to the interpreter.
 collect_ignore = ["interpreted.py", "interpreted_kernels.py", "interpreted_mutants.py"]
 
@@ -123,7 +127,7 @@ def run_python():
     """Run code in a fresh interpreter that finds fusedres and the tests; warnings are errors there too."""
 
     def run(code, *, check=True, **environment):
-        kept = ("FUSEDRES_CACHE",)  # the library is built once for all tests
+        kept = ("FUSEDRES_CACHE", "FUSEDRES_MIN_ELEMENTS")  # the library is built once for all tests
         inherited = {k: v for k, v in os.environ.items() if k in kept or not k.startswith("FUSEDRES_")}
         folders = [str(Path(fusedres.__file__).parents[1]), str(Path(__file__).parent)]
         environment = inherited | {"PYTHONPATH": os.pathsep.join(folders)} | environment

@@ -9,6 +9,7 @@ import python_backend
 import torch
 from eager import identity_pair, projection_pair, sample
 from torch import nn
+from user_blocks import Cifar
 
 import fusedres
 from fusedres import dispatch
@@ -112,6 +113,42 @@ def test_disabling_sends_every_block_to_its_eager_path(monkeypatch, kernels):
     assert served_by(block, x) == {"eager path"}
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """A block, and the largest input that is small."""
+    block, x = projection_pair()[0], sample()
+    monkeypatch.setattr(dispatch, "min_elements", x.numel() + 1)
+    return block, x
+
+
+def test_a_small_input_takes_the_eager_path(small, monkeypatch, kernels):
+    block, x = small
+    assert served_by(block, x) == {"eager path"}
+    assert "the input is small" in str(fusedres.explain(block, x))
+    monkeypatch.setattr(dispatch, "min_elements", x.numel())
+    assert served_by(block, x) == {"python"}
+
+
+def test_a_small_input_is_fused_where_that_was_asked_for(small, kernels):
+    block, x = small
+    with fusedres.use_backend("python"):
+        assert served_by(block, x) == {"python"}
+    with fusedres.set_memory("lean"):
+        assert served_by(block, x) == {"python"}
+    assert served_by(block, x) == {"eager path"}
+
+
+@pytest.mark.usefixtures("small")
+def test_verification_is_of_the_kernels_however_small_the_input():
+    model = nn.Sequential(Cifar())
+    fusedres.fuse(model)
+    wrong = dict(python_backend.BACKEND.kernels)
+    wrong["bn_act_forward"] = lambda *arguments: (arguments[0] + 1, *python_backend.bn_act_forward(*arguments)[1:])
+    with python_backend.registered(replace(python_backend.BACKEND, kernels=wrong)):
+        assert not fusedres.verify(model, torch.randn(2, 4, 6, 6)).agrees
+    assert dispatch.min_elements > 0
+
+
 ENVIRONMENT = """
 import fusedres, torch
 print(fusedres.explain(fusedres.BasicBlock(3, 4), torch.randn(2, 3, 4, 4)))
@@ -133,6 +170,14 @@ def test_the_environment_disables_fusion(run_python):
     printed = run_python(ENVIRONMENT, FUSEDRES_DISABLE="1").stdout
     assert "eager path" in printed
     assert "FUSEDRES_DISABLE is set" in printed
+
+
+def test_the_environment_says_what_is_small(run_python):
+    assert "the input is small" in run_python(ENVIRONMENT, FUSEDRES_MIN_ELEMENTS="97").stdout
+    assert "the input is small" in run_python(ENVIRONMENT, FUSEDRES_MIN_ELEMENTS="").stdout
+    assert "eager path" not in run_python(ENVIRONMENT, FUSEDRES_MIN_ELEMENTS="96").stdout
+    done = run_python(ENVIRONMENT, check=False, FUSEDRES_MIN_ELEMENTS="-1")
+    assert "ValueError: FUSEDRES_MIN_ELEMENTS must be a number of elements; got '-1'" in done.stderr
 
 
 def test_empty_and_zero_environment_values_change_nothing(run_python):
