@@ -12,6 +12,11 @@ namespace fusedres {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+constexpr int64_t size_of(DType dtype) {
+  if (dtype == DType::kFloat64) return 8;
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // How (N, C, S) lies in memory: whole planes, (N, C, S), or whole pixels, (N, S, C).
 enum class Order { kPlanes, kPixels };
 

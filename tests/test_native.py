@@ -330,3 +330,20 @@ def test_results_are_the_same_bits_whatever_the_threads(channels_last, gate):
                 assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), count
         finally:
             torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_relus_slope_found_again_from_a_large_input_is_that_of_the_output(dtype, channels_last):
+    """Beyond 4 MiB the kernels read x and not y; with a mask they never do."""
+    case = Case(0, (3, 33, 150, 150) if dtype.itemsize < 4 else (2, 33, 130, 130), dtype, channels_last, act=1)
+    assert case.x.nbytes > 4 << 20
+    y, stats, stats_r, mask, *_ = case.bn_forward(operators().bn_act_forward, keep_mask=True)
+    dy, needs = case.tensor(), [True, True, True, False, False, False, False]
+    from_mask = case.bn_backward(operators().bn_act_backward, dy, None, mask, stats, stats_r, needs)
+    found = case.bn_backward(operators().bn_act_backward, dy, y, None, stats, stats_r, needs)
+    for ours, expected in zip(found, from_mask, strict=True):  # but for the order in which sums are added up
+        if ours.numel():
+            torch.testing.assert_close(
+                ours, expected, rtol=max(1e-5, torch.finfo(ours.dtype).eps), atol=1e-5 * expected.abs().max()
+            )

@@ -5,6 +5,9 @@ namespace {
 
 constexpr int64_t kTile = 64;  // channels that are finished together
 
+// Tensors from this size on lie in memory or a cache far away: computing z again costs less than reading y.
+constexpr int64_t kFarBytes = int64_t{4} << 20;
+
 // One operand's sums over all parts, for a tile of channels.
 struct Sums {
   double g[kTile];
@@ -68,7 +71,7 @@ class Run {
     needs_r_ = wanted.dweight_r || r_from_batch;
     slope_ = {op_.act,
               op_.dy,
-              op_.y,
+              finds_slope_from_x(x_from_batch) ? nullptr : op_.y,
               op_.mask,
               op_.x.data,
               op_.r.data,
@@ -85,6 +88,13 @@ class Run {
   }
 
  private:
+  // Whether ReLU's slope is had from x, which every pass reads anyway: a tensor less than with y.
+  bool finds_slope_from_x(bool x_from_batch) const {
+    const bool z_is_of_x = op_.act == Act::kRelu && op_.x.constants.present() && !op_.r.data && !op_.choice;
+    const bool reads_x = needs_x_ && (x_from_batch || !op_.gradients.dx);
+    return z_is_of_x && reads_x && op_.shape.elements() * size_of(op_.dtype) >= kFarBytes;
+  }
+
   OperandTables<A> take_tables() {
     const int64_t channels = wide_.shape.channels;
     return {arena_.take<A>(channels), arena_.take<A>(channels)};

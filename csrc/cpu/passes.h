@@ -57,8 +57,8 @@ void part_statistics(const PartStatistics& pass);
 // Where g = dy * act'(z) comes from.
 struct Slope {
   Act act;
-  const void* dy;       // (N, C, S) T
-  const void* y;        // (N, C, S) T: for activations whose output tells the slope, unless there is a mask
+  const void* dy;  // (N, C, S) T
+  const void* y;  // (N, C, S) T: for activations whose output tells the slope, unless a mask or ReLU's z does
   const uint8_t* mask;  // bits of !(y <= 0), or null
   const void* x;        // (N, C, S) T, or null
   const void* r;        // (N, C, S) T, or null

@@ -6,13 +6,14 @@
 
 namespace fusedres::FUSEDRES_ISA {
 
-// kAny: the activation that `act` names, from its output or from z recomputed.
-enum class SlopeKind { kOne, kMask, kReluOutput, kAny };
+// kReluInput: from z recomputed. kAny: the activation that `act` names, from its output or from z recomputed.
+enum class SlopeKind { kOne, kMask, kReluOutput, kReluInput, kAny };
 
 inline SlopeKind slope_kind(const Slope& slope) {
   if (slope.mask) return SlopeKind::kMask;
   if (slope.act == Act::kIdentity) return SlopeKind::kOne;
-  return slope.act == Act::kRelu ? SlopeKind::kReluOutput : SlopeKind::kAny;
+  if (slope.act != Act::kRelu) return SlopeKind::kAny;
+  return slope.y ? SlopeKind::kReluOutput : SlopeKind::kReluInput;
 }
 
 template <class T, Order kOrder, class Lanes>
@@ -36,6 +37,8 @@ FUSEDRES_INLINE VecOf<T> gradient_at(const Slope& slope, const Place& at, Lanes 
     return keep(load_bits<Accumulation<T>>(slope.mask + at.mask, lanes), dy);
   } else if constexpr (kKind == SlopeKind::kReluOutput) {
     return Relu::gradient(load(static_cast<const T*>(slope.y) + at.element, lanes), dy);
+  } else if constexpr (kKind == SlopeKind::kReluInput) {
+    return Relu::gradient(affine_at<T, kOrder>(slope.x, slope.x_affine, at.gated, at, lanes), dy);
   } else if constexpr (kKind == SlopeKind::kAny) {
     if (from_output(slope.act))
       return activation_gradient(slope.act, load(static_cast<const T*>(slope.y) + at.element, lanes), dy);
@@ -62,6 +65,8 @@ FUSEDRES_INLINE void with_slope(const Slope& slope, const F& f) {
       return f(SlopeTag<SlopeKind::kMask>{});
     case SlopeKind::kReluOutput:
       return f(SlopeTag<SlopeKind::kReluOutput>{});
+    case SlopeKind::kReluInput:
+      return f(SlopeTag<SlopeKind::kReluInput>{});
     case SlopeKind::kAny:
       return f(SlopeTag<SlopeKind::kAny>{});
   }
