@@ -18,10 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from fusedres import build, cache, commands, machine, tuning
-from fusedres.bench import charts, comparison, networks, profiling, tables
+from fusedres.bench import charts, comparison, kernels, networks, profiling, tables
 from fusedres.bench.ceilings import measure as measure_ceilings
 from fusedres.bench.comparison import Comparison
 from fusedres.bench.contestants import BASELINE, CHANNELS_LAST, ENTRIES, FUSED, PEERS, Absent, Entry
+from fusedres.bench.roofline import designs
 from fusedres.bench.timing import plain
 from fusedres.bench.work import DTYPES, Work
 
@@ -191,12 +192,20 @@ def profile(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a chart, as PNG.")] = None,
     trace: Annotated[Path | None, typer.Option(help="A folder for Chrome traces, which Perfetto shows.")] = None,
+    count_bytes: Annotated[
+        bool, typer.Option("--bytes", help="List the operators and what they move instead.")
+    ] = False,
 ) -> None:
     """Where a step's time goes, by class and by layer, before and after fuse."""
     where = _device(device)
     network = networks.build(model)
     work = Work(model, train, batch, size or networks.image_size(network), DTYPES[dtype.value], where)
     found = comparison.begin(work)
+    if count_bytes:
+        roofline = designs(network, work.images().shape, training=train, dtype=work.dtype)
+        counted = kernels.of_model(network, work)
+        console.print(tables.kernels(found.work, counted, roofline, batch), tables.conditions(found.conditions))
+        return
     entries = {name: ENTRIES[name] for name in (CHANNELS_LAST, FUSED)}
     with _progress() as bar:
         task = bar.add_task("checking", total=len(entries) + 4)

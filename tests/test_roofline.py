@@ -66,6 +66,10 @@ class Moved(TorchDispatchMode):
             packet in (aten.add, aten.add_) and isinstance(args[1], torch.Tensor) and args[0].dim() == 4
         ):
             self.norm += size[0] + size[1] + size[0]
+        elif packet is aten.max_pool2d_with_indices:
+            self.norm += size[0] + sum(t.numel() * t.itemsize for t in result)
+        elif packet is aten.max_pool2d_with_indices_backward:
+            self.norm += size[0] + size[-1] + size[1]
         elif packet is aten.convolution:
             self.conv += min(size[0], self.touched(args[0], args[1], result)) + size[1] + result.numel() * 4
         elif packet is aten.convolution_backward:

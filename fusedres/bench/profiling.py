@@ -141,7 +141,7 @@ def rows(model: nn.Module, work: Work, eager: Profile, fused: Profile, ceilings:
             (profile.convolutions if kind == "conv" else profile.elementwise).get(key, 0.0)
             for profile in (eager, fused)
         )
-        possible = 1e3 * sum(layer.seconds(Design.FUSED, ceilings.matmul, ceilings.copy) for layer in alike)
+        possible = 1e3 * sum(layer.seconds(Design.FOLDED, ceilings.matmul, ceilings.copy) for layer in alike)
         what = alike[0].what if kind == "conv" else "norm, add, act"
         found.append(Row(what, alike[0].shape, len(alike), before, after, possible))
     yield from sorted(found, key=lambda row: row.eager, reverse=True)

@@ -1,7 +1,9 @@
-"""What a step has to compute and to move: FLOPs and bytes of every layer, under three designs.
+"""What a step has to compute and to move: FLOPs and bytes of every layer, under four designs.
 
-    eager   each norm, addition and activation is an op of its own
-    fused   one op from the norm to the activation, as fusedres.ops has them
+    eager   each norm, addition, activation and max-pool is an op of its own
+    fused   one op from the norm to the activation
+    folded  a stem's max-pool is part of that op, and where a block begins with a 1x1 convolution of stride 1, its
+            product for dx accumulates into the shortcut's gradient: what fused blocks do
     whole   norms, additions and activations ride inside the convolutions; in inference a block's
             intermediate results stay on chip too
 
@@ -28,6 +30,7 @@ from fusedres.swap import Fused
 class Design(Enum):
     EAGER = "eager"
     FUSED = "fused"
+    FOLDED = "folded"
     WHOLE = "whole"
 
 
@@ -80,6 +83,8 @@ class _Span:
     shortcut_norm: str | None = None
     # the convolution that reads the block's input, where the gradients of branch and shortcut meet
     entry: str | None = None
+    # the stem's max-pool
+    pool: str | None = None
 
 
 class _Call(NamedTuple):
@@ -89,6 +94,12 @@ class _Call(NamedTuple):
     given: torch.Size
     result: torch.Size
     needs_dx: bool
+
+
+def designs(model: nn.Module, shape: tuple[int, ...], *, training: bool, dtype: torch.dtype) -> dict[Design, int]:
+    """The bytes of a step under each design."""
+    found = layers(model, shape, training=training, dtype=dtype)
+    return {design: sum(layer.bytes[design].total for layer in found) for design in Design}
 
 
 def layers(model: nn.Module, shape: tuple[int, ...], *, training: bool, dtype: torch.dtype) -> list[Layer]:
@@ -112,9 +123,9 @@ def layers(model: nn.Module, shape: tuple[int, ...], *, training: bool, dtype: t
             found.append(count.convolution(name, call, ends))
         elif isinstance(call.module, nn.Linear):
             found.append(count.linear(name, call))
-        elif name not in hidden:
+        elif name not in hidden and not isinstance(call.module, nn.MaxPool2d):
             span = spans.get(name, _Span(name))
-            found.append(count.norm(name, call, span))
+            found.append(count.norm(name, call, span, calls.get(span.pool or "")))
             if training and span.entry in calls:
                 found.append(count.sum_of_gradients(span.entry, calls[span.entry]))
     return found
@@ -131,7 +142,7 @@ def _described(model: nn.Module) -> Iterator[tuple[str, Residual]]:
 def _calls(model: nn.Module, shape: tuple[int, ...]) -> dict[str, _Call]:
     calls: dict[str, _Call] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.MaxPool2d | nn.modules.batchnorm._BatchNorm):
 
             def record(module: nn.Module, given: tuple[Tensor, ...], result: Tensor, path: str = path) -> None:
                 calls[path] = _Call(module, given[0].shape, result.shape, given[0].requires_grad)
@@ -148,7 +159,8 @@ def _join(path: str, name: str) -> str:
 def _spans(model: nn.Module, path: str, residual: Residual) -> Iterator[_Span]:
     adds = residual.shortcut is not None
     for stage in residual.stages[:-1] if adds else residual.stages:
-        yield _Span(_join(path, stage.norm), act=_acts(model, path, stage))
+        pool = _join(path, stage.after_act[0]) if stage.after_act else None
+        yield _Span(_join(path, stage.norm), act=_acts(model, path, stage), pool=pool)
     if adds:
         last, first = residual.stages[-1], residual.stages[0]
         norm = _projection(model, path, residual, nn.modules.batchnorm._BatchNorm)
@@ -219,7 +231,7 @@ class _Count:
             whole = Passes((x if name in ends.reads else 0) + weight + written)
         kernel, stride = "x".join(map(str, module.weight.shape[2:])), max(module.stride)
         what = f"{kernel} {module.in_channels} -> {module.out_channels}{f' /{stride}' if stride > 1 else ''}"
-        designs = {Design.EAGER: moved, Design.FUSED: moved, Design.WHOLE: whole}
+        designs = dict.fromkeys(Design, moved) | {Design.WHOLE: whole}
         return self._layer(name, "conv", what, call, flops, designs)
 
     def linear(self, name: str, call: _Call) -> Layer:
@@ -236,22 +248,38 @@ class _Count:
         backward = (y + x + weight) + (y + weight + dx if needs_dx else 0)
         return Passes(x + weight + y, backward if self.training else 0)
 
-    def norm(self, name: str, call: _Call, span: _Span) -> Layer:
+    def norm(self, name: str, call: _Call, span: _Span, pool: _Call | None) -> Layer:
         tensor = self.size(call.result)
         eager, fused = _training_passes(span) if self.training else _inference_passes(span)
         moved = {
             Design.EAGER: Passes(eager.forward * tensor, eager.backward * tensor),
             Design.FUSED: Passes(fused.forward * tensor, fused.backward * tensor),
+            Design.FOLDED: Passes(fused.forward * tensor, fused.backward * tensor),
             Design.WHOLE: Passes(0),
         }
+        if pool is not None:
+            apart, moved[Design.FOLDED] = self._pooled(tensor, pool)
+            for design in (Design.EAGER, Design.FUSED, Design.WHOLE):
+                moved[design] = Passes(*map(sum, zip(moved[design], apart, strict=True)))
         norms = ["bn"] if span.shortcut_norm is None else ["bn", "bn"]
-        words = [*norms, *(["add"] if span.adds else []), *(["act"] if span.act else [])]
+        rest = [(span.adds, "add"), (span.act, "act"), (pool is not None, "pool")]
+        words = [*norms, *(word for present, word in rest if present)]
         return self._layer(name, "elementwise", "+".join(words), call, 0, moved)
+
+    def _pooled(self, tensor: int, pool: _Call) -> tuple[Passes, Passes]:
+        """A max-pool by itself, with int64 indices; and norm, activation and pool as one op, with a byte for each."""
+        pooled, indices = self.size(pool.result), pool.result.numel()
+        if not self.training:
+            return Passes(tensor + pooled + 8 * indices), Passes(tensor + pooled)
+        apart = Passes(tensor + pooled + 8 * indices, pooled + 8 * indices + tensor)
+        return apart, Passes(2 * tensor + pooled + indices, 2 * (tensor + pooled + indices) + tensor)
 
     def sum_of_gradients(self, name: str, call: _Call) -> Layer:
         """Where branch and shortcut meet, in the block's input."""
-        tensor = self.size(call.given)
-        moved = {design: Passes(0, 0 if design is Design.WHOLE else 3 * tensor) for design in Design}
+        tensor, module = self.size(call.given), call.module
+        moved = dict.fromkeys(Design, Passes(0, 3 * tensor)) | {Design.WHOLE: Passes(0)}
+        if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride == (1, 1) and module.groups == 1:
+            moved[Design.FOLDED] = Passes(0, tensor)
         return Layer(name, "elementwise", "sum of gradients", tuple(call.given), tuple(call.given), Passes(0), moved)
 
     def _layer(self, name: str, kind: str, what: str, call: _Call, flops: int, moved: dict[Design, Passes]) -> Layer:

@@ -10,7 +10,9 @@ from rich.table import Table
 
 from fusedres.bench.ceilings import Ceilings
 from fusedres.bench.comparison import Comparison, Result
+from fusedres.bench.kernels import Kernel
 from fusedres.bench.profiling import Profile, Row
+from fusedres.bench.roofline import Design
 
 _MALLOC = {
     "default": "malloc: default (glibc maps a tensor above 32 MiB anew at every allocation: page faults, not "
@@ -71,6 +73,33 @@ def classes(title: str, eager: Profile, fused: Profile) -> Table:
     table.add_section()
     table.add_row("all", f"{totals[0]:.2f}", "", f"{totals[1]:.2f}", "")
     return table
+
+
+def kernels(
+    title: str, counted: Mapping[str, Mapping[str, Kernel]], roofline: Mapping[Design, int], images: int
+) -> Table:
+    """What eager and fused call and move, and what the designs would."""
+    caption = (
+        "bytes: every operand once a pass, as the roofline counts, wherever a cache holds it; the roofline has norms, "
+        "activations, additions, convolutions and linear layers"
+    )
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("operator", "eager calls", "MB an image", "fused calls", "MB an image"):
+        table.add_column(heading, justify="left" if heading == "operator" else "right")
+    for name in {name: None for of_model in counted.values() for name in of_model}:
+        found = [of_model.get(name, Kernel()) for of_model in counted.values()]
+        if any(kernel.bytes >= _LISTED_BYTES * images for kernel in found):
+            table.add_row(name, *(cell for k in found for cell in (str(k.calls), f"{k.bytes / 1e6 / images:.1f}")))
+    table.add_section()
+    sums = [(sum(k.calls for k in found.values()), sum(k.bytes for k in found.values())) for found in counted.values()]
+    table.add_row("all", *(cell for calls, moved in sums for cell in (str(calls), f"{moved / 1e6 / images:.1f}")))
+    for design, moved in roofline.items():
+        cells = ["", f"{moved / 1e6 / images:.1f}"]
+        table.add_row(f"roofline, {design.value}", *(cells if design is Design.EAGER else ["", "", *cells]))
+    return table
+
+
+_LISTED_BYTES = 50_000
 
 
 def layers(rows: Sequence[Row], ceilings: Ceilings) -> Table:

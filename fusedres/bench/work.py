@@ -70,20 +70,20 @@ class Training:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
 
     def __call__(self) -> None:
-        self._backward()
+        self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def outcome(self) -> Outcome:
         """Outputs and gradients of the first step; the parameters stay as they are."""
         state = copy.deepcopy(self.model.state_dict())
-        outputs = self._backward()
+        outputs = self.backward()
         gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad()
         self.model.load_state_dict(state)
         return {"outputs": outputs, "gradients": gradients}
 
-    def _backward(self) -> dict[str, Tensor]:
+    def backward(self) -> dict[str, Tensor]:
         with self.work.precision():
             outputs = tensors(self.model(self.images))
             loss = torch.stack([y.to(_wide(y)).square().mean() for y in outputs.values()]).sum()
