@@ -20,7 +20,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,11 +105,26 @@ def build(target: Target, into: Path | None = None) -> Path:
         raise BuildError(_sentence(error)) from error
 
 
-def prune(targets: Sequence[Target], *, keep_current: bool = True) -> list[Path]:
+def prune(targets: Sequence[Target]) -> list[Path]:
     """Remove the entries of older keys from the user's cache, what killed builds left behind too; returns the entries.
 
     Other environments that share the cache lose theirs as well, and build them again when they need them.
     """
+
+    def old(root: Path) -> list[Path]:
+        entries = cache.entries(root)
+        kept = current(entries, targets)
+        return [entry for entry in entries if entry not in kept]
+
+    return _remove(old)
+
+
+def clear() -> list[Path]:
+    """Remove all that is in the user's cache: every entry, what tuning found, notes of builds that failed."""
+    return _remove(lambda root: [*cache.entries(root), *cache.tables(root), *cache.failures(root)])
+
+
+def _remove(chosen: Callable[[Path], list[Path]]) -> list[Path]:
     root = cache.location()
     if not root.exists():
         return []
@@ -117,12 +132,10 @@ def prune(targets: Sequence[Target], *, keep_current: bool = True) -> list[Path]
     waiting = Progress(f"waiting for another process, which builds in {root}", 0)
     with cache.locked(root, waiting.update):
         cache.remove_leftovers(root)
-        entries = cache.entries(root)
-        kept = current(entries, targets) if keep_current else set()
-        old = [entry for entry in entries if entry not in kept]
-        for entry in old:
-            cache.discard(entry)
-    return old
+        found = chosen(root)
+        for path in found:
+            cache.discard(path)
+    return found
 
 
 def current(entries: Sequence[Path], targets: Sequence[Target]) -> set[Path]:

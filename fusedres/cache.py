@@ -1,7 +1,8 @@
-"""The per-user cache: a directory only its owner can write, a lock that dies with its holder, sealed entries.
+"""The per-user cache: a directory only its owner can write, a lock that dies with its holder, sealed entries, tables.
 
 An entry is a folder with a file and `manifest.json`, which records the file's sha256 and the key that it was
-made for. It appears complete, in one rename, and is verified each time before it is used.
+made for. It appears complete, in one rename, and is verified each time before it is used. A table is a
+JSON file of what tuning found.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -19,6 +21,8 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = "tmp-"
+FAILURE_PREFIX = "failed-"
+TABLE_PREFIX = "tuned-"
 LOCK_SECONDS = 1800.0
 FAILURE_SECONDS = 600.0
 POLL_SECONDS = 0.02
@@ -145,7 +149,12 @@ def forget_failure(entry: Path) -> None:
 
 
 def _failure(entry: Path) -> Path:
-    return entry.with_name(f"failed-{entry.name}")
+    return entry.with_name(f"{FAILURE_PREFIX}{entry.name}")
+
+
+def failures(root: Path) -> list[Path]:
+    """The notes of what could not be made."""
+    return [note for note in root.glob(f"{FAILURE_PREFIX}*") if note.is_file()]
 
 
 def digest(path: Path) -> str:
@@ -182,9 +191,19 @@ def entries(root: Path) -> list[Path]:
     return sorted(manifest.parent for manifest in root.glob(f"*/{MANIFEST}") if not manifest.parent.is_symlink())
 
 
-def size(entry: Path) -> int:
-    """The bytes of an entry's files."""
-    return sum(part.lstat().st_size for part in entry.iterdir())
+def table(root: Path, device: str) -> Path:
+    """The file of what tuning found for a device."""
+    return root / f"{TABLE_PREFIX}{re.sub('[^A-Za-z0-9]+', '-', device)}.json"
+
+
+def tables(root: Path) -> list[Path]:
+    """What tuning found, a file for each device."""
+    return sorted(path for path in root.glob(f"{TABLE_PREFIX}*.json") if path.is_file() and not path.is_symlink())
+
+
+def size(kept: Path) -> int:
+    """The bytes of a table, or of an entry's files."""
+    return sum(part.lstat().st_size for part in (kept.iterdir() if kept.is_dir() else [kept]))
 
 
 def recorded_key(entry: Path) -> dict[str, str]:

@@ -93,18 +93,20 @@ def tune(
 
 @app.command("cache")
 def show_cache(
-    prune: Annotated[bool, typer.Option(help="Remove what was built for older sources, compilers or torches.")] = False,
-    clear: Annotated[bool, typer.Option(help="Remove everything that was built.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove what was built for older sources, compilers or torches.")
+    ] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all that was built and tuned.")] = False,
 ) -> None:
-    """Where compiled libraries are kept, how large they are; remove old ones, or all."""
+    """Where compiled libraries and tuned configurations are kept, how large they are; remove old ones, or all."""
     if prune or clear:
-        removed = build.prune(machine.TARGETS, keep_current=not clear)
-        console.print(f"removed {len(removed)} of the cache's entries")
+        removed = build.clear() if clear else build.prune(machine.TARGETS)
+        console.print("\n".join(["removed:" if removed else "nothing to remove", *(f"  {p.name}" for p in removed)]))
     root = cache.location()
-    kept = cache.entries(root) if root.is_dir() else []
-    console.print(f"{root}: {len(kept)} entries, {sum(map(cache.size, kept)) / 2**20:.1f} MiB")
-    for entry in kept:
-        console.print(f"  {entry.name}  {cache.size(entry) / 2**20:.1f} MiB")
+    kept = [*cache.entries(root), *cache.tables(root)]
+    console.print(f"{root}: {sum(map(cache.size, kept)) / 2**20:.1f} MiB{'' if kept else ', empty'}")
+    for path in kept:
+        console.print(f"  {path.name}  {cache.size(path) / 2**20:.2f} MiB")
 
 
 @app.command()

@@ -38,10 +38,14 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Findings as they come; one that FAILED means wrong numbers or an error."""
-    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        for backend in dispatch.ORDER:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for backend in dispatch.ORDER:
+        served = [device for device in devices if backend.plain or device.upper() in backend.keys]
+        for device in served:
             for op in OPS:
                 yield _op(backend.name, op, device)
+        if not served:
+            yield Finding(f"backend {backend.name}", MISSING, _no_device())
     yield _compiler()
     yield _library()
     yield from _packages()
@@ -60,6 +64,11 @@ def cases(op: str) -> list[Case]:
         for mode in modes
         for seed, (residual, gate) in enumerate(_FORMS)
     ]
+
+
+def _no_device() -> str:
+    remedy = "check the driver: nvidia-smi" if torch.version.cuda else "install a torch that is built with CUDA"
+    return f"torch finds no CUDA device, so nothing was tried; where there is an NVIDIA GPU, {remedy}"
 
 
 def _op(backend: str, op: str, device: str) -> Finding:
@@ -99,8 +108,8 @@ def _compiler() -> Finding:
 def _library() -> Finding:
     found = build.library(NATIVE)
     if isinstance(found, build.Unavailable):
-        return Finding("compiled library", MISSING, found.reason)
-    return Finding("compiled library", OK, f"{found.path} ({found.origin})")
+        return Finding("CPU library", MISSING, found.reason)
+    return Finding("CPU library", OK, f"{found.path} ({found.origin})")
 
 
 def _packages() -> Iterator[Finding]:
@@ -108,8 +117,11 @@ def _packages() -> Iterator[Finding]:
     remedies = {
         "torchvision": ("models by name", "pip install torchvision"),
         "timm": ("models by name", "pip install timm"),
-        "typer": ("bench, profile, cache", "pip install 'fusedres[cli]'"),
-        "matplotlib": ("charts", "pip install 'fusedres[cli]'"),
+        "typer": ("bench, profile, tune, cache", "pip install 'fusedres[cli]'"),
+        "rich": ("bench, profile, tune, cache", "pip install 'fusedres[cli]'"),
+        "matplotlib": ("bench, profile, tune, cache", "pip install 'fusedres[cli]'"),
+        "onnxruntime": ("bench --infer --peers", "pip install onnxruntime onnx onnxscript"),
+        "openvino": ("bench --infer --peers", "pip install openvino"),
     }
     for package, (purpose, remedy) in remedies.items():
         if find_spec(package) is None:

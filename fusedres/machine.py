@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -79,14 +80,17 @@ def commit() -> str | None:
 
 def facts() -> dict[str, Any]:
     """Everything, in JSON's types."""
+    backends = list(_backends())  # first: a backend that is asked loads its library
     return {
         "versions": _versions(),
         "devices": _devices(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FUSEDRES_")},
         "malloc": malloc_mode(),
         "library": _library(),
+        "cuda_library": _cuda_library(),
         "caches": _caches(),
-        "backends": list(_backends()),
+        "tuned": [{"path": str(table), "bytes": cache.size(table)} for table in cache.tables(cache.location())],
+        "backends": backends,
     }
 
 
@@ -125,6 +129,16 @@ def _library() -> dict[str, object]:
     }
 
 
+def _cuda_library() -> dict[str, object]:
+    found = build.resolved(CUDA)
+    if found is None:
+        return {"path": None, "reason": "no tensor of this machine needs it"}
+    if isinstance(found, build.Unavailable):
+        return {"path": None, "reason": found.reason}
+    architectures = re.findall(r",code=(\w+)", build.recorded_compiler(found))
+    return {"path": str(found.path), "origin": found.origin, "compiled_for": architectures}
+
+
 def _variant(library: build.Library, dtype: torch.dtype) -> str:
     function = ctypes.CDLL(str(library.path)).fusedres_variant
     function.restype = ctypes.c_char_p
@@ -133,10 +147,7 @@ def _variant(library: build.Library, dtype: torch.dtype) -> str:
 
 
 def _caches() -> list[dict[str, object]]:
-    root = cache.location()
-    if not root.is_dir():
-        return []
-    entries = cache.entries(root)
+    entries = cache.entries(cache.location())
     current = build.current(entries, TARGETS)
     return [{"path": str(entry), "bytes": cache.size(entry), "current": entry in current} for entry in entries]
 
@@ -180,25 +191,37 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"{device['device']}: {device['name']}, {rest}")
     lines += [f"malloc: {found['malloc']}"]
     lines += [f"{name}={value}" for name, value in found["environment"].items()]
-    lines += ["", *_library_lines(found["library"]), "", f"cache: {cache.location()}"]
+    lines += ["", *_library_lines("CPU", found["library"]), *_library_lines("CUDA", found["cuda_library"])]
+    lines += ["", f"cache: {cache.location()}"]
     for entry in found["caches"]:
         use = "in use" if entry["current"] else "of an older key; `python -m fusedres cache --prune` removes it"
         lines.append(f"  {Path(entry['path']).name}  {entry['bytes'] / 2**20:.1f} MiB, {use}")
+    lines += [f"  {Path(table['path']).name}  what tuning found" for table in found["tuned"]]
     return "\n".join([*lines, "", *_backend_lines(found["backends"])])
 
 
-def _library_lines(library: dict[str, Any]) -> list[str]:
+def _library_lines(kind: str, library: dict[str, Any]) -> list[str]:
     if library["path"] is None:
-        return [f"compiled library: none: {library['reason']}"]
-    chosen = ", ".join(f"{dtype} as {variant}" for dtype, variant in library["runs_as"].items())
-    lines = [f"compiled library: {library['path']} ({library['origin']})"]
-    return [*lines, f"  compiled for {', '.join(library['compiled_for'])}; here {chosen}"]
+        return [f"{kind} library: none: {library['reason']}"]
+    chosen = ", ".join(f"{dtype} as {variant}" for dtype, variant in library.get("runs_as", {}).items())
+    here = f"; here {chosen}" if chosen else ""
+    lines = [f"{kind} library: {library['path']} ({library['origin']})"]
+    return [*lines, f"  compiled for {', '.join(library['compiled_for'])}{here}"]
 
 
 def _backend_lines(backends: list[dict[str, Any]]) -> list[str]:
+    """A table; rows that differ in the layout or the data type alone are one."""
     rows = [("op", "device", "dtype", "layout", "backend", "why not another")]
-    for row in backends:
+    for row in _merged(_merged(backends, "layout"), "dtype"):
         why = "; ".join(f"{name}: {reason}" for name, reason in row["objections"].items())
         rows.append((row["op"], row["device"], row["dtype"], row["layout"], row["backend"], why))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     return ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]]).rstrip() for row in rows]
+
+
+def _merged(rows: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
+    """One row for those that are equal but for a field, with all that the field says."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault(repr({**row, field: None}), []).append(row)
+    return [{**group[0], field: ", ".join(row[field] for row in group)} for group in alike.values()]

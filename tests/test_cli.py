@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 import fusedres
 from fusedres import __main__ as entry
 from fusedres import build, cache, cli, doctor, machine, tuning
-from fusedres.native_sources import NATIVE, VARIANTS
+from fusedres.native_sources import CUDA, NATIVE, VARIANTS
 
 
 @pytest.fixture
@@ -37,13 +38,42 @@ def test_info_names_versions_devices_and_who_serves_what(run):
     assert found["devices"][0]["device"] == "cpu"
     assert {row["op"] for row in found["backends"]} == {"bn_act", "affine_act", "bn_act_pool"}
     assert {row["backend"] for row in found["backends"]} <= {"native", "triton", "reference"}
-    assert run("info")[1].count("channels_last") >= 8
+    lines = run("info")[1].splitlines()
+    assert [line for line in lines if line.startswith("bn_act ") and "float32, bfloat16" in line]
 
 
 def test_info_says_why_a_backend_does_not_serve(run):
     with fusedres.use_backend("reference"):
         rows = machine.facts()["backends"]
     assert {row["backend"] for row in rows} == {"reference"}
+
+
+def test_info_keeps_rows_apart_that_are_served_differently(monkeypatch):
+    rows = [
+        {"op": "o", "device": "cpu", "dtype": dtype, "layout": layout, "backend": backend, "objections": {}}
+        for dtype, layout, backend in (
+            ("a", "l", "x"),
+            ("a", "m", "y"),
+            ("b", "l", "x"),
+            ("b", "m", "y"),
+            ("c", "l", "x"),
+        )
+    ]
+    assert [re.split("  +", line) for line in machine._backend_lines(rows)[1:]] == [
+        ["o", "cpu", "a, b, c", "l", "x"],
+        ["o", "cpu", "a, b", "m", "y"],
+    ]
+
+
+def test_info_names_the_architectures_of_the_cuda_library(run, monkeypatch, tmp_path):
+    made = build.Library(tmp_path / "cuda-1" / "cuda.so", "cached")
+    made.path.parent.mkdir()
+    made.path.write_bytes(b"")
+    compiler = "nvcc -gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_80,code=compute_80"
+    cache.seal(made.path.parent, "cuda.so", {"compiler": compiler})
+    monkeypatch.setitem(build._resolved, CUDA, made)
+    assert machine.facts()["cuda_library"]["compiled_for"] == ["sm_90a", "compute_80"]
+    assert "CUDA library: " in run("info")[1]
 
 
 def test_info_knows_the_variant_that_runs(native, run, monkeypatch):
@@ -67,6 +97,8 @@ def test_doctor_finds_nothing_wrong(run):
     assert status == 0
     for op in machine.OPS:
         assert f"ok      {op} on reference, cpu" in printed
+    if not torch.cuda.is_available():
+        assert printed.count("torch finds no CUDA device") == 2
     assert doctor.FAILED not in printed
 
 
@@ -94,7 +126,7 @@ def test_doctor_gives_the_fix_for_what_is_missing(monkeypatch):
     fusedres.dispatch.clear()
     assert findings["bn_act on native, cpu"].status == doctor.MISSING
     assert "install g++" in findings["bn_act on native, cpu"].detail
-    assert findings["compiled library"].status == doctor.MISSING
+    assert findings["CPU library"].status == doctor.MISSING
 
 
 @pytest.fixture
@@ -108,6 +140,8 @@ def two_entries(tmp_path, monkeypatch):
         (root / name / "native.so").write_bytes(b"0" * 2**20)
         cache.seal(root / name, "native.so", {})
     (root / "tmp-of-a-killed-build").mkdir()
+    cache.table(root, "NVIDIA Imaginary 9000").write_bytes(b"0" * 2**20)
+    cache.remember_failure(root / "native-other", "no space")
     return root
 
 
@@ -115,15 +149,34 @@ def names(root):
     return sorted(path.name for path in root.iterdir() if path.name != "lock")
 
 
+TUNED = "tuned-NVIDIA-Imaginary-9000.json"
+FAILURE = "failed-native-other"
+
+
 def test_cache_lists_and_leaves_alone(run, two_entries):
     status, printed, _ = run("cache")
-    assert status == 0 and "2 entries, 2.0 MiB" in printed
-    assert names(two_entries) == ["native-new", "native-old", "tmp-of-a-killed-build"]
+    assert status == 0 and f"{two_entries}: 3.0 MiB\n" in printed
+    assert f"{TUNED}  1.00 MiB" in printed
+    assert names(two_entries) == [FAILURE, "native-new", "native-old", "tmp-of-a-killed-build", TUNED]
+
+
+def test_info_lists_what_was_tuned(run, two_entries):
+    found = json.loads(run("info", "--json")[1])["tuned"]
+    assert found == [{"path": str(two_entries / TUNED), "bytes": 2**20}]
+    assert f"{TUNED}  what tuning found" in run("info")[1]
+
+
+def test_a_cache_that_was_never_used_is_empty(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("FUSEDRES_CACHE", str(tmp_path / "none"))
+    assert run("cache")[1] == f"{tmp_path / 'none'}: 0.0 MiB, empty\n"
+    assert run("cache", "--clear")[1].startswith("nothing to remove")
+    assert not (tmp_path / "none").exists()
 
 
 def test_cache_prunes_what_is_of_an_older_key(run, two_entries):
-    assert run("cache", "--prune")[0] == 0
-    assert names(two_entries) == ["native-new"]
+    status, printed, _ = run("cache", "--prune")
+    assert status == 0 and printed.startswith("removed:\n  native-old\n")
+    assert names(two_entries) == [FAILURE, "native-new", TUNED]
 
 
 def test_cache_keeps_what_could_not_be_built_again(run, two_entries, monkeypatch):
@@ -132,20 +185,21 @@ def test_cache_keeps_what_could_not_be_built_again(run, two_entries, monkeypatch
 
     monkeypatch.setattr(build, "entry_name", no_compiler)
     assert run("cache", "--prune")[0] == 0
-    assert names(two_entries) == ["native-new", "native-old"]
+    assert names(two_entries) == [FAILURE, "native-new", "native-old", TUNED]
 
 
 def test_cache_clears(run, two_entries):
     status, printed, _ = run("cache", "--clear")
-    assert status == 0 and "removed 2" in printed
+    assert status == 0 and all(f"  {name}\n" in printed for name in ("native-new", "native-old", TUNED))
     assert names(two_entries) == []
 
 
 def test_clearing_leaves_files_of_others(run, two_entries):
     (two_entries / "thesis").mkdir()
     (two_entries / "thesis" / "chapter1").write_text("")
+    (two_entries / "tuned-by-hand.txt").write_text("")
     run("cache", "--clear")
-    assert names(two_entries) == ["thesis"]
+    assert names(two_entries) == ["thesis", "tuned-by-hand.txt"]
 
 
 def test_an_error_is_one_line_and_a_traceback_on_demand(run, monkeypatch):

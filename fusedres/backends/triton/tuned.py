@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import astuple
@@ -44,7 +43,7 @@ def find(device: str, entry: str) -> Config | None:
 
 
 def path_of(device: str) -> Path:
-    return cache.location() / f"tuned-{re.sub('[^A-Za-z0-9]+', '-', device)}.json"
+    return cache.table(cache.location(), device)
 
 
 def load(device: str) -> Mapping[str, Config]:
