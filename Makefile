@@ -24,6 +24,7 @@ help:  ## print this list
 
 demo: $(VENV)/runtime.stamp  ## swap the blocks of a ResNet-50; compare results, time and memory with eager
 	@$(BIN)/python examples/demo.py $(ARGS)
+	@echo "next: $(BIN)/pytest benchmarks/ --benchmark-only --quick, or $(BIN)/python -m fusedres"
 
 test: lint package $(VENV)/dev.stamp  ## linters, types, and every test but the slow ones
 	$(PYTEST) -n $(WORKERS) --durations=20 --doctest-modules tests fusedres $(ARGS)
@@ -91,22 +92,21 @@ $(VENV)/runtime.stamp: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fusedres needs Python 3.10 or later: make PYTHON=python3.12")'
 	@$(PYTHON) -m venv $(VENV)
 	@echo "installing torch and fusedres into $(VENV) (a torch with CUDA is several gigabytes)"
-	@$(BIN)/python $(PIP) -c constraints.txt setuptools torch numpy pillow
-	@$(BIN)/python $(PIP) -c constraints.txt --no-deps torchvision
-	@$(BIN)/python $(PIP) -c constraints.txt --no-deps --no-build-isolation -e .
+	@$(BIN)/python $(PIP) -c constraints.txt setuptools torch
+	@$(BIN)/python $(PIP) -c constraints.txt --no-deps torchvision timm
+	@$(BIN)/python $(PIP) -c constraints.txt --no-build-isolation -e '.[bench]'
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	@echo "installing the test tools into $(VENV)"
 	@$(BIN)/python $(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
-	@$(BIN)/python $(PIP) -c constraints.txt --no-deps timm
 	@touch $@
 
 $(OLDEST)/dev.stamp: pyproject.toml setup.py constraints.txt constraints-oldest.txt
 	@$(PYTHON) -m venv $(OLDEST)
 	@awk -F '==' 'NR == FNR { oldest[$$1]; print; next } !($$1 in oldest)' constraints-oldest.txt constraints.txt > $(OLDEST)/constraints.txt
 	@echo "installing the oldest supported torch into $(OLDEST) (about 5 GB)"
-	@$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt setuptools torch numpy pillow
-	@$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt --no-build-isolation -e '.[cli,test]'
+	@$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt setuptools torch
+	@$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt --no-build-isolation -e '.[test]'
 	@$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt --no-deps torchvision timm
 	@touch $@

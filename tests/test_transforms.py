@@ -220,9 +220,10 @@ def test_export_takes_a_dynamic_batch(strict, blocks):
     assert_equal(program.module()(x), eager(x))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the exporter's own
 def test_onnx_export_gives_plain_operators(blocks, tmp_path):
     onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxscript", reason="torch.onnx exports by it")
     fused, _ = blocks
     path = tmp_path / "block.onnx"
     torch.onnx.export(fused.float(), (sample(dtype=torch.float32),), path, verbose=False)

@@ -20,6 +20,7 @@ from fusedres.bench.work import Inference, Step, Training, Work
 BASELINE = "eager"
 CHANNELS_LAST = "eager channels_last"
 FUSED = "fusedres"
+REMEDY = "pip install 'fusedres[peers]'"
 
 
 class Absent(Exception):  # noqa: N818  it is an answer
@@ -62,7 +63,7 @@ def step_of(model: nn.Module, images: Tensor, work: Work) -> Step:
 
 def _require(package: str, work: Work, *dtypes: torch.dtype) -> Any:
     if find_spec(package) is None:
-        raise Absent(f"{package} is not installed; pip install {package}")
+        raise Absent(f"{package} is not installed; {REMEDY}")
     if work.training:
         raise Absent("inference only")
     if work.device.type != "cpu":
@@ -76,7 +77,7 @@ def _onnxruntime(model: nn.Module, work: Work) -> Step:
     runtime = _require("onnxruntime", work, torch.float32)
     for package in ("onnx", "onnxscript"):
         if find_spec(package) is None:
-            raise Absent(f"exporting to it needs {package}; pip install {package}")
+            raise Absent(f"exporting to it needs {package}; {REMEDY}")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow whoever comes next
