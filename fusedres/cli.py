@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from fusedres.bench.roofline import designs
 from fusedres.bench.timing import plain
 from fusedres.bench.work import DTYPES, Work
 
+PROGRAM = "python -m fusedres"
 INTERRUPTED = 130
 
 
@@ -37,7 +39,6 @@ class Precision(str, Enum):
 
 app = typer.Typer(
     help="Fused residual blocks for PyTorch: what this machine has, whether it works, and how fast it is.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -47,7 +48,7 @@ _settings = {"debug": False}
 
 
 @app.callback()
-def settings(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+def settings(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     _settings["debug"] = debug
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages would break the bars
 
@@ -138,7 +139,7 @@ def bench(
     network = networks.build(model)
     work = Work(model, train, batch, size or networks.image_size(network), DTYPES[dtype.value], where)
     entries = _entries(ENTRIES | (PEERS if peers else {}), skip or [])
-    found = comparison.begin(work)
+    found = comparison.begin(work, _command())
     status = 0
     try:
         _compare(network, work, entries, found, rounds, seconds)
@@ -202,7 +203,7 @@ def profile(
     where = _device(device)
     network = networks.build(model)
     work = Work(model, train, batch, size or networks.image_size(network), DTYPES[dtype.value], where)
-    found = comparison.begin(work)
+    found = comparison.begin(work, _command())
     if count_bytes:
         roofline = designs(network, work.images().shape, training=train, dtype=work.dtype)
         counted = kernels.of_model(network, work)
@@ -230,8 +231,7 @@ def profile(
         tables.classes(found.work, eager, fused), tables.layers(rows, limits), tables.conditions(found.conditions)
     )
     if plot is not None:
-        caption = charts.conditions(found.conditions)
-        charts.profile(eager.classes, fused.classes, rows, plot, title=found.work, caption=caption)
+        charts.profile(eager.classes, fused.classes, rows, plot, title=found.work, caption=charts.caption(found))
 
 
 def _trace_file(folder: Path | None, name: str) -> Path | None:
@@ -241,10 +241,15 @@ def _trace_file(folder: Path | None, name: str) -> Path | None:
     return folder / f"{name.replace(' ', '-')}.json"
 
 
+def _command() -> str:
+    return shlex.join([*PROGRAM.split(), *sys.argv[1:]])
+
+
 def _progress() -> Progress:
-    """A bar on stderr, so that stdout has the results alone."""
+    """A bar on stderr, so that stdout has the results alone; none where nobody watches."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    watched = sys.stderr.isatty()
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not watched)
 
 
 def _device(name: str | None) -> torch.device:
@@ -258,12 +263,21 @@ def _device(name: str | None) -> torch.device:
 def main() -> int:
     """Run the command line: errors are one line, and an interrupted command's status is 130."""
     try:
-        app(prog_name="python -m fusedres", standalone_mode=True)
-    except SystemExit as done:
-        return done.code if isinstance(done.code, int) else int(done.code is not None)
+        return app(sys.argv[1:] or ["--help"], prog_name=PROGRAM, standalone_mode=False) or 0
     except Exception as error:
         if _settings["debug"]:
             traceback.print_exc()
-        kind = "" if type(error).__module__.startswith("fusedres") else f"{type(error).__name__}: "
-        return commands.fail(f"{kind}{error}; --debug before the command shows where")
-    return 0
+        return commands.fail(_sentence(error), status=getattr(error, "exit_code", 1))
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, and what to do next."""
+    if isinstance(error, typer.Abort):
+        return "interrupted"
+    wrong_use = getattr(error, "format_message", None)  # typer's own errors, of whichever of its versions
+    if wrong_use is not None:
+        context = getattr(error, "ctx", None)
+        return f"{wrong_use().rstrip('.')}; see {context.command_path if context else PROGRAM} --help"
+    if type(error).__module__.startswith("fusedres"):  # it says what to do
+        return str(error)
+    return f"{type(error).__name__}: {error}; --debug before the command shows where"

@@ -45,6 +45,6 @@ def build(libraries: Sequence[str]) -> int:
     return 0
 
 
-def fail(message: str) -> int:
+def fail(message: str, status: int = 1) -> int:
     print(f"fusedres: {message}", file=sys.stderr)  # noqa: T201
-    return 1
+    return status

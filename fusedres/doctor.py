@@ -120,8 +120,8 @@ def _packages() -> Iterator[Finding]:
         "typer": ("bench, profile, tune, cache", "pip install 'fusedres[cli]'"),
         "rich": ("bench, profile, tune, cache", "pip install 'fusedres[cli]'"),
         "matplotlib": ("bench, profile, tune, cache", "pip install 'fusedres[cli]'"),
-        "onnxruntime": ("bench --infer --peers", "pip install onnxruntime onnx onnxscript"),
-        "openvino": ("bench --infer --peers", "pip install openvino"),
+        "onnxruntime": ("bench --infer --peers", "pip install 'fusedres[peers]'"),
+        "openvino": ("bench --infer --peers", "pip install 'fusedres[peers]'"),
     }
     for package, (purpose, remedy) in remedies.items():
         if find_spec(package) is None:

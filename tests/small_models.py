@@ -1,5 +1,6 @@
 """Models small enough to compare and profile in a test, by the name `small_models:tiny`."""
 
+import torch
 from torch import nn
 from torchvision_models import resnet
 
@@ -28,6 +29,22 @@ def plain():
 def always_fused():
     """Its block has no eager form to compare with."""
     return nn.Sequential(fusedres.BasicBlock(3, 8))
+
+
+class DropPath(nn.Module):
+    """Leaves out some images' values, as timm's does."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop_prob = 0.5
+
+    def forward(self, x):
+        return x * (torch.rand(len(x), 1, device=x.device) >= self.drop_prob)
+
+
+def random():
+    """Two runs of it in training have little in common."""
+    return nn.Sequential(tiny(), DropPath(), nn.Dropout(0.5), nn.Linear(10, 10))
 
 
 def not_a_model():

@@ -84,6 +84,25 @@ def test_wrong_gradients_are_wrong_results():
         compared(work(), {BASELINE: ENTRIES[BASELINE], FUSED: entry})
 
 
+def test_what_draws_at_random_is_compared_without_and_timed_with_it():
+    given, model = work(), small_models.random()
+    steps = comparison.prepare(model, given, EAGER_AND_FUSED, comparison.begin(given), lambda name: None)
+    assert list(steps) == list(EAGER_AND_FUSED)
+    for step in steps.values():
+        _, path, dropout, _ = step.model
+        assert (path.drop_prob, dropout.p) == (0.5, 0.5)
+
+
+def test_a_model_that_draws_otherwise_can_not_be_compared():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + 9 * torch.randn_like(x)
+
+    model, given = nn.Sequential(small_models.tiny(), Noisy()), work()
+    with pytest.raises(comparison.WrongResults, match=r"eager: .* the model draws at random"):
+        comparison.prepare(model, given, EAGER_AND_FUSED, comparison.begin(given), lambda name: None)
+
+
 def test_an_interrupt_leaves_the_rounds_so_far():
     given, count = work(), []
 
@@ -137,7 +156,7 @@ def test_a_peer_agrees_where_it_is_installed_or_says_why_not(name):
 
 def test_a_peer_that_is_missing_says_how_to_have_it(monkeypatch):
     monkeypatch.setattr("fusedres.bench.contestants.find_spec", lambda name: None)
-    with pytest.raises(Absent, match="pip install openvino"):
+    with pytest.raises(Absent, match=r"openvino is not installed; pip install 'fusedres\[peers\]'"):
         PEERS["openvino"](small_models.tiny(), work(training=False))
 
 
@@ -248,6 +267,7 @@ def test_the_command_shows_and_writes_the_comparison(run, tmp_path):
     assert "3 paired rounds" in printed and "malloc: " in printed and "eager channels_last" in printed
     with open(files[0]) as file:
         found = json.load(file)
+    assert found["command"].startswith("python -m fusedres bench small_models:tiny --batch 4 ")
     assert found["complete"] and found["conditions"]["torch"] == torch.__version__
     with open(files[1]) as file:
         rows = list(csv.DictReader(file))
@@ -279,7 +299,7 @@ def test_a_wrong_name_is_one_line(run):
 @pytest.mark.parametrize("name", ["torch.compiled", "eager", "openvino"])
 def test_only_a_contestant_that_takes_part_can_be_skipped(run, name):
     status, _, error = run("bench", "small_models:tiny", "--skip", name)
-    assert status == 2 and "torch.compile" in error and repr(name) in error
+    assert status == 2 and "torch.compile" in error and repr(name) in error and error.count("\n") == 1
 
 
 def test_ceilings(run, monkeypatch):

@@ -210,6 +210,40 @@ def test_an_error_is_one_line_and_a_traceback_on_demand(run, monkeypatch):
     assert "Traceback" in run("--debug", "info")[2]
 
 
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        (
+            ["bench", "resnet18", "--dtype", "int8"],
+            "'int8' is not one of 'fp32', 'bf16', 'fp16'; see python -m fusedres bench",
+        ),
+        (["profile"], "Missing argument 'model'; see python -m fusedres profile --help"),
+        (["frobnicate"], "No such command 'frobnicate'; see python -m fusedres --help"),
+        (["build", "fpga"], "'fpga' is not one of 'cpu', 'cuda'"),
+    ],
+)
+def test_wrong_use_is_one_line_too(run, words, hint):
+    status, printed, error = run(*words)
+    assert (status, printed) == (2, "") and error.count("\n") == 1 and hint in error
+
+
+def test_our_own_errors_say_what_to_do_and_no_more(run):
+    assert run("bench", "resnet5O")[2].endswith("resnet50d?\n")
+
+
+def test_no_command_at_all_shows_the_commands(run):
+    status, printed, _ = run()
+    assert status == 0 and "bench" in printed and "doctor" in printed
+
+
+def test_an_interrupted_command_says_so_by_its_status(run, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "facts", interrupt)
+    assert run("info")[0] == cli.INTERRUPTED
+
+
 def test_tune_hands_its_dtype_on_and_prints_the_table(run, monkeypatch):
     def tune(*, dtypes, device, progress):
         progress(1, 2)

@@ -43,7 +43,7 @@ def comparison(found: Comparison, path: Path) -> None:
     """How many times as fast as eager each contestant is, with its interval."""
     timed = [result for result in found.results if result.ratio is not None]
     ratios = {result.name: result.ratio for result in timed if result.ratio is not None}
-    speedups(ratios, path, title=found.work, caption=conditions(found.conditions))
+    speedups(ratios, path, title=found.work, caption=caption(found))
 
 
 def speedups(
@@ -70,7 +70,9 @@ def speedups(
         colours = [OURS if name in ours else THEIRS for name in ratios]
         axes.barh(names, values, color=colours, xerr=[below, above], error_kw={"capsize": 3, "ecolor": "#333333"})
         for row, ratio in enumerate(ratios.values()):
-            axes.text(ratio.high, row, f"  {ratio.median:.2f}x", va="center")
+            place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            over_the_line = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
+            axes.annotate(f"{ratio.median:.2f}x", (ratio.high, row), bbox=over_the_line, **place)
         axes.invert_yaxis()
         axes.axvline(1.0, color="#333333", linewidth=1, linestyle=":")
         axes.set_xlim(0, 1.15 * max(ratio.high for ratio in ratios.values()))
@@ -126,7 +128,8 @@ def _stack(axes: Axes, before: Mapping[str, float], after: Mapping[str, float]) 
         axes.barh(["eager", "fused"], widths, left=starts, color=colour, label=name)
         for row, (start, width) in enumerate(zip(starts, widths, strict=True)):
             if width > least:
-                axes.text(start + width / 2, row, f"{width:.0f}", ha="center", va="center", color="white")
+                ink = "#333333" if name == "other" else "white"
+                axes.text(start + width / 2, row, f"{width:.0f}", ha="center", va="center", color=ink)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a step, by class")
@@ -149,9 +152,10 @@ def _beside(axes: Axes, rows: Sequence[Row]) -> None:
     axes.legend(loc="lower right", frameon=False)
 
 
-def conditions(facts: Mapping[str, object]) -> str:
-    """The conditions in one line, for below a chart."""
-    return ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+def caption(found: Comparison) -> str:
+    """The conditions and the command, for below a chart."""
+    words = ", ".join(f"{name} {value}" for name, value in found.conditions.items() if value is not None)
+    return f"{words}; {found.command}"
 
 
 def _finish(figure: Figure, path: Path, title: str, caption: str, facts: Mapping[str, str] | None = None) -> None:

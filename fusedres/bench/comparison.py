@@ -53,12 +53,14 @@ class Comparison:
     Args:
         work: in words.
         conditions: device, threads, versions, commit and malloc mode.
+        command: what repeats it.
         complete: whether every round that was asked for was run.
     """
 
     work: str
     conditions: Mapping[str, object]
     results: list[Result]
+    command: str = ""
     complete: bool = False
 
     def rows(self) -> Iterator[dict[str, object]]:
@@ -80,7 +82,7 @@ class Comparison:
 
     def csv(self) -> str:
         """The rows, after the conditions in columns of their own."""
-        rows = [{"work": self.work, **self.conditions, **row} for row in self.rows()]
+        rows = [{"work": self.work, "command": self.command, **self.conditions, **row} for row in self.rows()]
         columns = list(dict.fromkeys(column for row in rows for column in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns)
@@ -141,6 +143,11 @@ def _check(name: str, errors: Mapping[str, float], eager: Mapping[str, float]) -
     slack = 1.0 if name == BASELINE or name.startswith(FUSED) else _PEER
     for quantity, error in errors.items():
         allowed = min(slack * bar(quantity, eager[quantity], torch.finfo(torch.float32).eps), _HOPELESS)
+        if name == BASELINE and not error <= allowed:
+            raise WrongResults(
+                f"{name}: its {quantity} are off by {error:.1e} relative to fp64: the model draws at random, or makes "
+                "rounding large; nothing can be compared with that"
+            )
         if not error <= allowed:
             raise WrongResults(
                 f"{name}: its {quantity} are off by {error:.1e} relative to fp64, where {allowed:.1e} is allowed and "
@@ -173,5 +180,5 @@ def race(
                 result.images_per_second = 1e3 * work.batch / median(result.samples_ms)
 
 
-def begin(work: Work) -> Comparison:
-    return Comparison(str(work), machine.conditions(work.device), [])
+def begin(work: Work, command: str = "") -> Comparison:
+    return Comparison(str(work), machine.conditions(work.device), [], command)

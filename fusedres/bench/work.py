@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -75,9 +76,10 @@ class Training:
         self.optimizer.zero_grad()
 
     def outcome(self) -> Outcome:
-        """Outputs and gradients of the first step; the parameters stay as they are."""
+        """Outputs and gradients of the first step, without dropout; the parameters stay as they are."""
         state = copy.deepcopy(self.model.state_dict())
-        outputs = self.backward()
+        with steady(self.model):
+            outputs = self.backward()
         gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad()
         self.model.load_state_dict(state)
@@ -113,6 +115,28 @@ def tensors(output: object) -> dict[str, Tensor]:
 
 def _wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
+
+
+@contextmanager
+def steady(model: nn.Module) -> Iterator[None]:
+    """Dropout and stochastic depth are off inside: no two contestants would draw alike."""
+    probabilities = [(module, name, getattr(module, name)) for module, name in _chances(model)]
+    try:
+        for module, name, _ in probabilities:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, probability in probabilities:
+            setattr(module, name, probability)
+
+
+def _chances(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The modules that draw at random, as torch, torchvision and timm name their probability."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
+            yield module, "p"
+        elif isinstance(getattr(module, "drop_prob", None), float):
+            yield module, "drop_prob"
 
 
 def exact(model: nn.Module, work: Work) -> Outcome:
