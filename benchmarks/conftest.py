@@ -2,6 +2,7 @@
 
     pytest benchmarks/ --benchmark-only            everything
     pytest benchmarks/ --benchmark-only --quick    two minutes: small shapes, few rounds, no compiled networks
+    pytest benchmarks/test_ops.py --benchmark-only -k "16x512x28x28 and bfloat16"    some cases: -k takes parts of names
 
 pytest-benchmark times one function after the other, and a clock that drifts in between decides who wins. So the first
 test of a case races all its contestants (`fusedres.bench.timing.interleave`), and every contestant's test then reports
@@ -11,8 +12,9 @@ its own samples of that race: the table, the JSON and the comparison of runs are
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -60,6 +62,25 @@ class Budget:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="small shapes and few rounds, for a smoke test")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for every contestant of every case in the module's `races(quick)`, {case: names of contestants}."""
+    races = metafunc.module.races(metafunc.config.getoption("--quick"))
+    pairs = [(case, contestant) for case, contestants in races.items() for contestant in contestants]
+    metafunc.parametrize("case, contestant", pairs, ids=[f"{case}-{contestant}" for case, contestant in pairs])
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
+    """Keep the command beside the numbers, but for where they were written."""
+    output_json["command"] = shlex.join(["pytest", *_without_file(config.invocation_params.args)])
+
+
+def _without_file(words: Sequence[str]) -> Iterator[str]:
+    option = "--benchmark-json"
+    for before, word in zip(("", *words), words, strict=False):
+        if before != option and word.partition("=")[0] != option:
+            yield word
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
-import pytest
 import torch
-from conftest import Contestant, Race, add_rates, whole
+from conftest import Race, add_rates, whole
 from torch import nn
 
 from fusedres.bench.ceilings import Ceilings
@@ -54,31 +54,32 @@ SHAPES = (
 QUICK_SHAPES = (Shape(resnet.BasicBlock, 16, 16, 1, 14), Shape(resnet.Bottleneck, 32, 16, 2, 14))
 
 
-def contestants(shape: Shape, work: Work, compiled: bool) -> Mapping[str, Contestant]:
-    entries = {name: entry for name, entry in ENTRIES.items() if compiled or name != "torch.compile"}
-    return whole(shape.build(), work, entries)
+def cases(quick: bool) -> dict[str, tuple[Shape, Work]]:
+    found = {}
+    for shape, dtype, training in product(
+        QUICK_SHAPES if quick else SHAPES, (torch.float32, torch.bfloat16), (True, False)
+    ):
+        batch = 2 if quick else 16
+        work = Work(str(shape), training, batch, shape.size, dtype, torch.device("cpu"), shape.inplanes)
+        found[str(work)] = shape, work
+    return found
 
 
-@pytest.mark.parametrize("contestant", list(ENTRIES))
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("index", range(len(SHAPES)))
+def races(quick: bool) -> dict[str, list[str]]:
+    names = [name for name in ENTRIES if not quick or name != "torch.compile"]
+    return dict.fromkeys(cases(quick), names)
+
+
 def test_block(
-    index: int,
-    dtype: torch.dtype,
-    training: bool,
+    case: str,
     contestant: str,
     benchmark: Any,
     race: Race,
     quick: bool,
     ceiling: Callable[[torch.dtype], Ceilings],
 ) -> None:
-    shapes = QUICK_SHAPES if quick else SHAPES
-    if index >= len(shapes) or (quick and contestant == "torch.compile"):
-        pytest.skip("not among the quick ones")
-    shape = shapes[index]
-    batch, device = 2 if quick else 16, torch.device("cpu")
-    work = Work(str(shape), training, batch, shape.size, dtype, device, shape.inplanes)
-    benchmark.group = str(work)
-    samples = race(benchmark, work, contestant, lambda: contestants(shape, work, not quick))
-    add_rates(benchmark, work, samples, ceiling(dtype))
+    shape, work = cases(quick)[case]
+    benchmark.group = case
+    entries = {name: ENTRIES[name] for name in races(quick)[case]}
+    samples = race(benchmark, case, contestant, lambda: whole(shape.build(), work, entries))
+    add_rates(benchmark, work, samples, ceiling(work.dtype))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from conftest import Race, add_rates, whole
 from torch import nn
@@ -60,26 +59,36 @@ CONTESTANTS: dict[str, Entry] = {
 }
 
 
-@pytest.mark.parametrize("contestant", list(CONTESTANTS))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def cases(quick: bool) -> dict[str, Work]:
+    name, batch, size = ("resnet18", 2, 64) if quick else ("resnet50", 16, 224)
+    works = [
+        Work(name, True, batch, size, dtype, torch.device("cpu"))
+        for dtype in (torch.bfloat16, torch.float32)
+        if not quick or dtype is torch.bfloat16
+    ]
+    return {f"memory policies, {work}": work for work in works}
+
+
+def races(quick: bool) -> dict[str, list[str]]:
+    names = [name for name in CONTESTANTS if not quick or not name.startswith("torch.compile")]
+    return dict.fromkeys(cases(quick), names)
+
+
 def test_policies(
-    dtype: torch.dtype,
+    case: str,
     contestant: str,
     benchmark: Any,
     race: Race,
     quick: bool,
     ceiling: Callable[[torch.dtype], Ceilings],
 ) -> None:
-    if quick and (dtype is torch.float32 or contestant.startswith("torch.compile")):
-        pytest.skip("not among the quick ones")
-    name, batch, size = ("resnet18", 2, 64) if quick else ("resnet50", 16, 224)
-    work = Work(name, True, batch, size, dtype, torch.device("cpu"))
-    benchmark.group = f"memory policies, {work}"
-    entries = {name: entry for name, entry in CONTESTANTS.items() if not quick or not name.startswith("torch.compile")}
+    work = cases(quick)[case]
+    benchmark.group = case
+    entries = {name: CONTESTANTS[name] for name in races(quick)[case]}
 
     def build() -> Any:
         torch.manual_seed(0)
         return whole(networks.build(work.model), work, entries)
 
-    samples = race(benchmark, benchmark.group, contestant, build)
-    add_rates(benchmark, work, samples, ceiling(dtype))
+    samples = race(benchmark, case, contestant, build)
+    add_rates(benchmark, work, samples, ceiling(work.dtype))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
-import pytest
 import torch
 from conftest import Race, add_rates, whole
 from torch import nn
@@ -18,9 +18,10 @@ from fusedres.bench.work import Work
 
 MODELS = ("resnet18", "resnet50", "timm/resnet50d", "timm/seresnet50")
 QUICK_MODELS = ("resnet18", "timm/resnet10t")
-CONTESTANTS = {**ENTRIES, **PEERS}
-# name: training, batch
-TASKS = {"training": (True, 16), "inference": (False, 16), "inference of one": (False, 1)}
+# training, batch
+TASKS = ((True, 16), (False, 16), (False, 1))
+QUICK_TASKS = ((True, 2), (False, 2), (False, 1))
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @lru_cache(maxsize=1)
@@ -29,28 +30,32 @@ def build(name: str) -> nn.Module:
     return networks.build(name)
 
 
-@pytest.mark.parametrize("contestant", list(CONTESTANTS))
-@pytest.mark.parametrize("task", list(TASKS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("index", range(len(MODELS)))
+def cases(quick: bool) -> dict[str, Work]:
+    """The quick ones are small, and bf16 for the first model alone."""
+    names, tasks, size = (QUICK_MODELS, QUICK_TASKS, 64) if quick else (MODELS, TASKS, 224)
+    works = [
+        Work(name, training, batch, size, dtype, torch.device("cpu"))
+        for name, dtype, (training, batch) in product(names, DTYPES, tasks)
+        if not quick or dtype is torch.float32 or name is names[0]
+    ]
+    return {str(work): work for work in works}
+
+
+def races(quick: bool) -> dict[str, list[str]]:
+    ours = [name for name in ENTRIES if not quick or name != "torch.compile"]
+    return {case: [*ours, *([] if work.training else PEERS)] for case, work in cases(quick).items()}
+
+
 def test_model(
-    index: int,
-    dtype: torch.dtype,
-    task: str,
+    case: str,
     contestant: str,
     benchmark: Any,
     race: Race,
     quick: bool,
     ceiling: Callable[[torch.dtype], Ceilings],
 ) -> None:
-    names = QUICK_MODELS if quick else MODELS
-    if index >= len(names) or (quick and (contestant == "torch.compile" or (index and dtype is torch.bfloat16))):
-        pytest.skip("not among the quick ones")
-    model = build(names[index])
-    training, batch = TASKS[task]
-    size = 64 if quick else networks.image_size(model)
-    work = Work(names[index], training, min(batch, 2) if quick else batch, size, dtype, torch.device("cpu"))
-    benchmark.group = str(work)
-    entries = {name: entry for name, entry in CONTESTANTS.items() if not quick or name != "torch.compile"}
-    samples = race(benchmark, work, contestant, lambda: whole(model, work, entries))
-    add_rates(benchmark, work, samples, ceiling(dtype))
+    work = cases(quick)[case]
+    benchmark.group = case
+    entries = {name: (ENTRIES | PEERS)[name] for name in races(quick)[case]}
+    samples = race(benchmark, case, contestant, lambda: whole(build(work.model), work, entries))
+    add_rates(benchmark, work, samples, ceiling(work.dtype))

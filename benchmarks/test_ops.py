@@ -1,55 +1,111 @@
-"""bn_act and affine_act, both directions, on shapes of ResNet-18 and -50: eager, torch.compile, each backend."""
+"""Every op, both directions, on the shapes of ResNet-18 and -50: eager, torch.compile, each backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import product
 from statistics import median
 from typing import Any
 
-import pytest
 import torch
 import torch._functorch.config
 from conftest import Contestant, Race
 from torch import Tensor
 
 import fusedres
-from fusedres import dispatch, numerics, testing
+from fusedres import dispatch, numerics, testing, tuning
+from fusedres.backends import Window
 from fusedres.bench.ceilings import Ceilings
+from fusedres.bench.work import peak_bytes
 from fusedres.testing import Case, Operands
 
 torch._functorch.config.donated_buffer = False  # the backward is timed again and again over one graph
 
-SHAPES = ((16, 64, 56, 56), (16, 256, 56, 56), (16, 512, 28, 28), (16, 2048, 7, 7), (1, 512, 7, 7))
+BATCHES = (1, 16)
+STEM, BLOCKS = tuning.SHAPES[0][1:], [shape[1:] for shape in tuning.SHAPES[1:]]
 QUICK_SHAPES = ((2, 64, 28, 28), (1, 512, 7, 7))
 KERNEL_BACKENDS = [backend.name for backend in dispatch.ORDER if "CPU" in backend.keys]
-# tensors of M*C elements that have to be read and written, masks left out: (forward, backward)
+# By op and residual: tensors as large as x that have to be read and written, masks left out, (forward, backward). A
+# pool of stride 2 has an output of a quarter.
 PASSES = {
+    ("bn_act", "none"): (3, 5),
     ("bn_act", "plain"): (4, 6),
     ("bn_act", "projection"): (5, 8),
     ("affine_act", "plain"): (3, 3),
+    ("bn_act_pool", "none"): (2.25, 3.5),
 }
 
 
+def cases(quick: bool) -> dict[str, tuple[Case, str]]:
+    """Every form on the shapes where a network has it; the quick ones in channels_last, and a second shape for one."""
+    found = {}
+    for form, dtype, layout in product(PASSES, (torch.float32, torch.bfloat16), ("channels_last", "contiguous")):
+        for shape, direction in product(_shapes(form, quick), ("forward", "backward")):
+            if quick and layout == "contiguous":
+                continue
+            op, residual = form
+            mode = "eval" if op == "affine_act" else "training"
+            window = Window((3, 3), (2, 2), (1, 1)) if op == "bn_act_pool" else None
+            case = Case(op, dtype, layout, shape, "normal", mode, residual, "none", "relu", "all", 0, window)
+            name = f"{op} {residual} {'x'.join(map(str, shape))} {str(dtype)[6:]} {layout} {direction}"
+            found[name] = case, direction
+    return found
+
+
+def _shapes(form: tuple[str, str], quick: bool) -> Sequence[tuple[int, ...]]:
+    if quick:
+        return QUICK_SHAPES if form == ("bn_act", "plain") else QUICK_SHAPES[:1]
+    shapes = {"bn_act_pool": [STEM], "affine_act": BLOCKS, "bn_act": [STEM, *BLOCKS] if form[1] == "none" else BLOCKS}
+    return [(batch, *shape) for batch in BATCHES for shape in shapes[form[0]]]
+
+
+def races(quick: bool) -> dict[str, list[str]]:
+    return {case: list(RUNS) for case in cases(quick)}
+
+
 def in_place_eager(case: Case, given: Operands) -> Tensor:
-    """The case as torchvision's blocks run it: the addition and the ReLU overwrite the norm's output."""
+    """The case as torchvision's networks run it: the addition and the ReLU overwrite the norm's output."""
     x, norm, residual, residual_norm, _, _ = given
     y = _normalise(case, x, norm)
     if residual is not None:
         y += residual if residual_norm is None else _normalise(case, residual, residual_norm)
-    return torch.relu_(y)
+    y = torch.relu_(y)
+    return y if case.window is None else torch.nn.functional.max_pool2d(y, *case.window)
 
 
 def _normalise(case: Case, t: Tensor, norm: fusedres.ops.Norm) -> Tensor:
     mean, var = norm.running_mean, norm.running_var
-    if case.op == "bn_act":
+    if case.op != "affine_act":
         return torch.nn.functional.batch_norm(t, mean, var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
     unit = torch.ones_like(mean) if mean is not None else None  # affine_act's scale is the weight alone
     return torch.nn.functional.batch_norm(t, mean, unit, norm.weight, norm.bias, False, 0.0, 0.0)
 
 
 def contestants(case: Case, direction: str) -> Mapping[str, Contestant]:
-    return {name: Contestant(_timed(run, case, direction), partial(_check, name, case)) for name, run in RUNS.items()}
+    return {name: _contestant(name, case, direction) for name in RUNS}
+
+
+def _contestant(name: str, case: Case, direction: str) -> Contestant:
+    call = _timed(RUNS[name], case, direction)
+
+    def check() -> Mapping[str, object]:
+        errors = _check(name, case)
+        call()
+        return {**errors, "peak_bytes": peak_bytes(call, torch.device("cpu"))}
+
+    return Contestant(call, check)
+
+
+def compiled(case: Case, given: Operands) -> Tensor:
+    return _compiled_for(case)(case, given)
+
+
+@lru_cache(maxsize=1)
+def _compiled_for(case: Case) -> numerics.Run:
+    """Compiled anew: after a few shapes torch.compile would make the code dynamic, and after some more give up."""
+    torch._dynamo.reset()
+    return torch.compile(in_place_eager, dynamic=False)
 
 
 def _on_backend(name: str, case: Case, given: Operands) -> Tensor:
@@ -59,7 +115,7 @@ def _on_backend(name: str, case: Case, given: Operands) -> Tensor:
 
 RUNS: dict[str, numerics.Run] = {
     "eager": in_place_eager,
-    "torch.compile": torch.compile(in_place_eager),
+    "torch.compile": compiled,
     **{name: partial(_on_backend, name) for name in KERNEL_BACKENDS},
 }
 
@@ -92,33 +148,18 @@ def _yardstick(case: Case) -> numerics.Yardstick:
     return numerics.yardstick(case)
 
 
-@pytest.mark.parametrize("contestant", list(RUNS))
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-@pytest.mark.parametrize("form", list(PASSES), ids="-".join)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("index", range(len(SHAPES)))
 def test_op(
-    index: int,
-    dtype: torch.dtype,
-    form: tuple[str, str],
-    layout: str,
-    direction: str,
+    case: str,
     contestant: str,
     benchmark: Any,
     race: Race,
     quick: bool,
     ceiling: Callable[[torch.dtype], Ceilings],
 ) -> None:
-    shapes = QUICK_SHAPES if quick else SHAPES
-    if index >= len(shapes) or (quick and (layout == "contiguous" or (index and form != ("bn_act", "plain")))):
-        pytest.skip("not among the quick ones")
-    op, residual = form
-    mode = "training" if op == "bn_act" else "eval"
-    case = Case(op, dtype, layout, shapes[index], "normal", mode, residual, "none", "relu", "all", 0)
-    benchmark.group = f"{op} {residual} {'x'.join(map(str, case.shape))} {str(dtype)[6:]} {layout} {direction}"
-    samples = race(benchmark, (case, direction), contestant, partial(contestants, case, direction))
-    elements = torch.Size(case.shape).numel()
-    moved = PASSES[form][direction == "backward"] * elements * dtype.itemsize
+    described, direction = cases(quick)[case]
+    benchmark.group = case
+    samples = race(benchmark, case, contestant, partial(contestants, described, direction))
+    passes = PASSES[described.op, described.residual][direction == "backward"]
+    moved = passes * torch.Size(described.shape).numel() * described.dtype.itemsize
     gbps = moved / median(samples) / 1e6
     benchmark.extra_info |= {"GB/s": gbps, "share of copy bandwidth": gbps / ceiling(torch.float32).copy * 1e9}

@@ -169,7 +169,7 @@ def settle(model: nn.Module) -> None:
                 nn.init.constant_(model.get_submodule(norm).get_parameter("weight"), 0.2)
 
 
-def peak_bytes(step: Step, device: torch.device) -> int:
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """The most that torch's allocator held during a step, beyond what it held before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
