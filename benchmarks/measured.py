@@ -70,17 +70,21 @@ class Run:
 
     path: Path
     conditions: Mapping[str, object]
+    pytest: str
     races: list[Race]
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        benchmarks = json.loads(path.read_text())["benchmarks"]
+        data = json.loads(path.read_text())
+        benchmarks = data["benchmarks"]
         races: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
         for entry in benchmarks:
             races[entry["group"]][entry["params"]["contestant"]] = entry
         facts = benchmarks[0]["extra_info"]
         conditions = {name: facts[name] for name in CONDITIONS if name in facts}
-        return cls(path, conditions, [Race(name, entries) for name, entries in races.items()])
+        files = " ".join(sorted({entry["fullname"].partition("::")[0] for entry in benchmarks}))
+        pytest = data.get("command", f"pytest {files} --benchmark-only")  # the first files have no command
+        return cls(path, conditions, pytest, [Race(name, entries) for name, entries in races.items()])
 
     @property
     def title(self) -> str:
@@ -104,8 +108,10 @@ class Run:
 
     @property
     def command(self) -> str:
-        words = [f"{name}={value}" for name, value in PAGES_KEPT.items() if self.conditions["malloc"] == "pages kept"]
-        return " ".join([*words, "pytest benchmarks/ --benchmark-only --benchmark-json=FILE"])
+        settings = {"OMP_NUM_THREADS": self.conditions["threads"]}
+        settings |= PAGES_KEPT if self.conditions["malloc"] == "pages kept" else {}
+        words = [f"{name}={value}" for name, value in settings.items()]
+        return " ".join([*words, self.pytest, "--benchmark-json=FILE"])
 
 
 def runs() -> list[Run]:
@@ -160,16 +166,21 @@ def section(run: Run) -> Iterator[str]:
 
 
 def slower(found: list[Run]) -> Iterator[str]:
-    """Every race that fusedres lost, whatever the reason."""
-    lost = [
-        f"- {race.name}, {name}: {bold(race.ratio(name))} ({run.title})"
-        for run in found
-        for race in run.races
-        for name in race.ours
-        if race.ratio(name).low < 1
-    ]
+    """Every race that fusedres did not win: those it lost, and those that the interval leaves open."""
+    lost, undecided = [], []
+    for run in found:
+        for race in run.races:
+            for name in race.ours:
+                ratio = race.ratio(name)
+                line = f"- {race.name}, {name}: {bold(ratio)} ({run.title})"
+                if ratio.high < 1:
+                    lost.append(line)
+                elif ratio.low < 1:
+                    undecided.append(line)
     yield from ("## When it is slower", "")
-    yield from lost or ["None of the races above: no 95 % interval reaches below 1. What isn't above is not measured."]
+    yield from lost or ["None of the races above. What isn't above is not measured."]
+    if undecided:
+        yield from ("", "Neither faster nor slower, as far as the 95 % interval tells:", "", *undecided)
 
 
 def readme_table(found: list[Run]) -> str:
@@ -193,17 +204,21 @@ def with_numbers(readme: str, found: list[Run]) -> str:
 
 
 def draw(run: Run) -> None:
-    ratios = {
-        f"{race.name}, {name}" if len(race.ours) > 1 else race.name: race.ratio(name)
-        for race in run.races
-        for name in race.ours
-    }
+    ratios = {label: race.ratio(name) for race in run.races for name, label in _labels(run, race).items()}
     run.chart.parent.mkdir(exist_ok=True)
     caption = f"{_words(run.conditions)}; {run.path.relative_to(ROOT)}"
-    title = f"{' and '.join(run.races[0].ours)} beside eager, {run.path.parent.name}"
+    title = run.races[0].name if len(run.races) == 1 else f"{', '.join(run.races[0].ours)} beside eager"
+    title = f"{title}, on {run.path.parent.name}"
     charts.speedups(ratios, run.chart, title=title, caption=caption, ours=list(ratios), facts={DIGEST: run.digest})
     for picture, race in run.tradeoffs():
         charts.tradeoff(_points(race), picture, title=race.name, caption=caption, facts={DIGEST: run.digest})
+
+
+def _labels(run: Run, race: Race) -> dict[str, str]:
+    """What tells each of our bars from the others: the contestant, the race, or both."""
+    if len(run.races) == 1:
+        return {name: name for name in race.ours}
+    return {name: f"{race.name}, {name}" if len(race.ours) > 1 else race.name for name in race.ours}
 
 
 def _points(race: Race) -> dict[str, tuple[float, float]]:

@@ -49,10 +49,11 @@ def test_a_number_that_was_changed_by_hand_is_noticed():
 
 
 def result(contestant, speedup, low, high):
-    facts = {"speedup": speedup, "speedup_95": [low, high], "malloc": "default", "torch": "2.13", "images/s": 9.0}
+    facts = {"speedup": speedup, "speedup_95": [low, high], "malloc": "default", "threads": 3, "images/s": 9.0}
     facts["share of matmul peak"] = 0.5
     return {
         "group": "a network",
+        "fullname": f"benchmarks/test_models.py::test_model[a network-{contestant}]",
         "params": {"contestant": contestant},
         "extra_info": facts,
         "stats": {"median": 0.5},
@@ -62,9 +63,17 @@ def result(contestant, speedup, low, high):
 def test_lost_races_and_rates_are_told(tmp_path):
     path = tmp_path / "device" / "2026-01-01-models.json"
     path.parent.mkdir()
-    found = [result("eager", 1.0, 1.0, 1.0), result("fusedres", 0.9, 0.8, 1.1)]
-    path.write_text(json.dumps({"benchmarks": found}))
+    found = [result("eager", 1.0, 1.0, 1.0), result("fusedres", 0.9, 0.8, 0.95), result("fusedres lean", 1.0, 0.9, 1.1)]
+    command = "pytest benchmarks/test_models.py --benchmark-only"
+    path.write_text(json.dumps({"benchmarks": found, "command": f"{command} -k resnet18"}))
     page = measured.page([measured.Run.read(path)])
-    assert "- a network, fusedres: **0.90** [0.80, 1.10] (device, 2026-01-01-models)" in page
-    assert "| a network | 500.000 | 500.000 | **0.90** [0.80, 1.10] | 9.0 (50%) |" in page
-    assert "MALLOC" not in page
+    _, _, lost = page.partition("## When it is slower")
+    assert "- a network, fusedres: **0.90** [0.80, 0.95] (device, 2026-01-01-models)\n\nNeither faster" in lost
+    assert lost.endswith("- a network, fusedres lean: **1.00** [0.90, 1.10] (device, 2026-01-01-models)\n")
+    assert (
+        "| a network | 500.000 | 500.000 | 500.000 | **0.90** [0.80, 0.95] | **1.00** [0.90, 1.10] | 9.0 (50%) |"
+        in page
+    )
+    assert f"    OMP_NUM_THREADS=3 {command} -k resnet18 --benchmark-json=FILE" in page
+    path.write_text(json.dumps({"benchmarks": found}))
+    assert f"    OMP_NUM_THREADS=3 {command} --benchmark-json=FILE" in measured.page([measured.Run.read(path)])

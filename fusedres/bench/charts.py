@@ -159,7 +159,7 @@ def caption(found: Comparison) -> str:
 
 
 def _finish(figure: Figure, path: Path, title: str, caption: str, facts: Mapping[str, str] | None = None) -> None:
-    figure.suptitle(fill(title, 90), x=0.01, ha="left", fontsize=12)
-    figure.supxlabel(fill(caption, 130), x=0.01, ha="left", fontsize=8, color="#555555")
+    figure.suptitle(fill(title, 90, break_on_hyphens=False), x=0.01, ha="left", fontsize=12)
+    figure.supxlabel(fill(caption, 130, break_on_hyphens=False), x=0.01, ha="left", fontsize=8, color="#555555")
     figure.savefig(path, dpi=DPI, metadata=dict(facts or {}))
     pyplot.close(figure)

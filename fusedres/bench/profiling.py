@@ -77,7 +77,8 @@ def profile(step: Step, device: torch.device, *, steps: int = 3, trace: Path | N
         trace: where to write a Chrome trace, which Perfetto shows.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+    # acc_events: torch 2.11 warns of cycles otherwise, and there is one
+    with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
         for _ in range(steps):
             step()
         if device.type == "cuda":
