@@ -15,8 +15,9 @@ import pickle
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,12 @@ from fusedres.testing import import_torchvision
 
 MEAN, DEVIATION = (0.491, 0.482, 0.447), (0.247, 0.244, 0.262)
 CLASSES = 10
+Item = TypeVar("Item")
+
+
+def watched(items: Iterable[Item], what: str, count: int) -> Iterable[Item]:
+    """A progress bar where somebody sees it."""
+    return track(items, what, count, transient=True, disable=not sys.stdout.isatty())
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -130,7 +137,7 @@ def speed(fused: Trainer, options: argparse.Namespace, images: Tensor, labels: T
     trainers = {"fusedres": fused, "eager": Trainer(eager_resnet18(), options, options.rounds + 2)}
     batch = images[: options.batch], labels[: options.batch]
     times: dict[str, list[float]] = {name: [] for name in trainers}
-    for round_ in track(range(options.rounds + 2), "timing", transient=True):
+    for round_ in watched(range(options.rounds + 2), "timing", options.rounds + 2):
         for name, trainer in trainers.items():
             started = time.perf_counter()
             trainer.step(*batch)
@@ -166,7 +173,7 @@ def main() -> int:
     losses, accuracies = [], []
     for epoch in range(options.epochs):
         epoch_batches = batches(images, labels, options.batch)
-        for batch in track(epoch_batches, f"epoch {epoch + 1}", steps // options.epochs, transient=True):
+        for batch in watched(epoch_batches, f"epoch {epoch + 1}", steps // options.epochs):
             losses.append(trainer.step(*batch))
             trainer.schedule.step()
         accuracies.append(trainer.accuracy(test_images, test_labels))

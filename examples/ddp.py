@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/ddp.py
 
 NCCL where each process has a GPU of its own, gloo on CPUs otherwise. Fuse before wrapping; nothing else differs from
-DDP as usual. `--sync-bn` converts the norms to SyncBatchNorm first: those are computed by torch, and the blocks run
-everything else as before.
+DDP as usual. `--sync-bn` converts the norms to SyncBatchNorm first, whose statistics are of all processes' images;
+those are fused too. DDP itself takes them on GPUs only.
 """
 
 from __future__ import annotations
