@@ -87,7 +87,8 @@ clean:  ## remove the environments and everything built
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so that an interrupted installation starts again; pip skips what is already there.
-# torchvision and timm come without their dependencies: they'd bring another torch where pip finds a CPU-only one.
+# torchvision, timm and transformers come without their dependencies: they'd bring another torch where pip finds a
+# CPU-only one.
 $(VENV)/runtime.stamp: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fusedres needs Python 3.10 or later: make PYTHON=python3.12")'
 	@$(PYTHON) -m venv $(VENV)
@@ -100,6 +101,7 @@ $(VENV)/runtime.stamp: pyproject.toml setup.py constraints.txt
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	@echo "installing the test tools into $(VENV)"
 	@$(BIN)/python $(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(BIN)/python $(PIP) -c constraints.txt --no-deps 'transformers ; python_version >= "3.11"'
 	@touch $@
 
 $(OLDEST)/dev.stamp: pyproject.toml setup.py constraints.txt constraints-oldest.txt

@@ -2,8 +2,9 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
-import hugging_face_layers as hugging_face
+import hugging_face
 import pytest
 import torch
 from eager import assert_matches_eager, randomise, sample
@@ -78,13 +79,7 @@ TORCHVISION = {
     "frozen": lambda: resnet.Bottleneck(8, 2, norm_layer=FrozenBatchNorm2d),
     "inverted residual": lambda: torchvision.models.mobilenetv2.InvertedResidual(8, 8, 1, 2),
 }
-HUGGING_FACE = {
-    "basic": lambda: hugging_face.ResNetBasicLayer(8, 8),
-    "basic projection": lambda: hugging_face.ResNetBasicLayer(8, 6, 2),
-    "bottleneck": lambda: hugging_face.ResNetBottleNeckLayer(8, 8),
-    "bottleneck projection": lambda: hugging_face.ResNetBottleNeckLayer(8, 6, 2),
-    "conv layer": lambda: hugging_face.ResNetConvLayer(8, 4),
-}
+HUGGING_FACE = {kind: partial(hugging_face.layer, kind) for kind in hugging_face.LAYERS}
 SEQUENTIAL = {
     "run": lambda: nn.Sequential(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)),
     "two runs and a pool": lambda: nn.Sequential(
@@ -216,12 +211,3 @@ def test_a_registered_family_is_described_by_its_function():
         assert fusedres.fuse(bare).skipped[0].reason == "it has no weights"
     finally:
         del families.FAMILIES[name]
-
-
-def test_installed_transformers_layers_are_the_copies():
-    modeling = pytest.importorskip("transformers.models.resnet.modeling_resnet")
-    block = modeling.ResNetBottleNeckLayer(8, 6, 2)
-    copied = hugging_face.ResNetBottleNeckLayer(8, 6, 2)
-    found, expected = families.find(block).description, families.find(copied).description
-    assert replace(found, hosts=()) == replace(expected, hosts=())
-    assert fusedres.fuse(block, strict=True).fused
