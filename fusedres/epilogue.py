@@ -127,3 +127,12 @@ def of_module(module: nn.Module) -> Activation | None:
         if not row.attributes or all(getattr(module, name) == value for name, value in row.attributes):
             return row
     return None
+
+
+def settings_of(module: nn.Module) -> set[str]:
+    """The attributes that decide which row `module` computes.
+
+    >>> settings_of(torch.nn.GELU())
+    {'approximate'}
+    """
+    return {name for row in _BY_MODULE.get(type(module), ()) for name, _ in row.attributes}

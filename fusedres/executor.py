@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,9 @@ from fusedres.memory import Memory
 from fusedres.modules import count_batch, dtypes_fit, is_hooked, norm_of, window_of
 
 
-class Span(NamedTuple):
-    """A stage's children, resolved for one call."""
+@dataclass(eq=False)
+class Span:
+    """A stage's children, resolved."""
 
     conv: nn.Module
     norm: nn.Module
@@ -22,9 +25,16 @@ class Span(NamedTuple):
     act: nn.Module | Activation
     after_act: list[nn.Module]
 
+    @cached_property
+    def is_link(self) -> bool:
+        """Whether the stage is nothing but conv -> norm -> act."""
+        plain = isinstance(self.act, Activation) and not self.before_act and not self.after_act
+        return plain and segment.is_bare(self.conv)
 
-class Parts(NamedTuple):
-    """A block resolved for one call; see `residual.Residual`."""
+
+@dataclass(eq=False)
+class Parts:
+    """A block resolved, for as long as its modules stay as they are; see `residual.Residual`."""
 
     spans: list[Span]
     joins: bool  # whether a shortcut is added
@@ -34,20 +44,34 @@ class Parts(NamedTuple):
     gate: Tensor | float | None
     adds_in_place: bool
     act: nn.Module | Activation
-    memory: Memory
+
+    @cached_property
+    def is_segment(self) -> bool:
+        """Whether the block is nothing but a chain of links and a shortcut."""
+        if self.between or self.gate is not None or not isinstance(self.act, Activation):
+            return False
+        if self.shortcut_norm is not None and not segment.is_bare(self.before_shortcut_norm[-1]):
+            return False
+        return all(span.is_link for span in self.spans)
+
+    @cached_property
+    def convolutions(self) -> list[nn.Module]:
+        """Those that a segment computes."""
+        projection = [] if self.shortcut_norm is None else self.before_shortcut_norm[-1:]
+        return [*(span.conv for span in self.spans), *projection]
 
 
-def execute(parts: Parts, x: Tensor) -> Tensor:
+def execute(parts: Parts, x: Tensor, memory: Memory) -> Tensor:
     """The block's output."""
     if not parts.joins:
-        return _run_stages(parts.spans, x, parts.memory)
+        return _run_stages(parts.spans, x, memory)
     shortcut, children = x, parts.before_shortcut_norm
-    if segment.is_possible(x) and _is_segment(parts):
-        y, shortcut, children = _run_segment(parts, x)
+    if segment.is_possible(x) and parts.is_segment and all(map(segment.is_plain, parts.convolutions)):
+        y, shortcut, children = _run_segment(parts, x, memory)
         if y is not None:
             return y
     *inner, last = parts.spans
-    z, norm = last.conv(_run_stages(inner, x, parts.memory)), last.norm
+    z, norm = last.conv(_run_stages(inner, x, memory)), last.norm
     z, norm, gate = _run_between(parts, z, norm)
     for child in children:
         shortcut = child(shortcut)
@@ -63,16 +87,7 @@ def execute(parts: Parts, x: Tensor) -> Tensor:
     return bn_act(z, norm, parts.act, residual=shortcut, residual_norm=parts.shortcut_norm, gate=gate)
 
 
-def _is_segment(parts: Parts) -> bool:
-    """Whether the block is nothing but a chain of links and a shortcut."""
-    if parts.between or parts.gate is not None or not isinstance(parts.act, Activation):
-        return False
-    if parts.shortcut_norm is not None and not segment.is_bare(parts.before_shortcut_norm[-1]):
-        return False
-    return all(map(_is_link, parts.spans))
-
-
-def _run_segment(parts: Parts, x: Tensor) -> tuple[Tensor | None, Tensor, list[nn.Module]]:
+def _run_segment(parts: Parts, x: Tensor, memory: Memory) -> tuple[Tensor | None, Tensor, list[nn.Module]]:
     """The block as one segment: its output; or None, how far the shortcut is, and which of its children are left."""
     *inner, last = parts.spans
     links = [segment.Link(span.conv, span.norm, span.act) for span in inner]
@@ -83,15 +98,8 @@ def _run_segment(parts: Parts, x: Tensor) -> tuple[Tensor | None, Tensor, list[n
         projection = segment.Link(conv, parts.shortcut_norm, IDENTITY)
     for child in children:
         shortcut = child(shortcut)
-    y = segment.run(x, links, segment.End(shortcut, projection), parts.memory)
+    y = segment.run(x, links, segment.End(shortcut, projection), memory)
     return y, shortcut, [] if projection is None else [projection.conv]
-
-
-def _is_link(span: Span) -> bool:
-    """Whether a stage is nothing but conv -> norm -> act."""
-    return (
-        segment.is_bare(span.conv) and isinstance(span.act, Activation) and not span.before_act and not span.after_act
-    )
 
 
 def _run_stages(spans: list[Span], x: Tensor, memory: Memory) -> Tensor:
@@ -100,7 +108,7 @@ def _run_stages(spans: list[Span], x: Tensor, memory: Memory) -> Tensor:
     while spans:
         links = []
         for span in spans if possible else ():
-            if not _is_link(span):
+            if not span.is_link or not segment.is_plain(span.conv):
                 break
             links.append(segment.Link(span.conv, span.norm, span.act))
         y = segment.run(z, links, None, memory) if links else None

@@ -19,8 +19,9 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from fusedres import dispatch
-from fusedres.epilogue import IDENTITY, Activation, of_module
+from fusedres.epilogue import IDENTITY, Activation, of_module, settings_of
 from fusedres.executor import Parts, Span, execute
+from fusedres.memo import MISSING, Reader, is_same, recall, remember
 from fusedres.memory import Memory, of_block
 from fusedres.modules import is_hooked, norm_objection
 
@@ -91,17 +92,17 @@ class Residual:
 
 def objection(block: nn.Module, residual: Residual) -> str | None:
     """Why the block as it is now would take its eager path, whatever the input."""
-    parts = _resolve(block, residual)
+    parts = _resolve(Reader(block), residual)
     return parts if isinstance(parts, str) else None
 
 
 def run(block: nn.Module, residual: Residual, x: Tensor, eager: Callable[[Tensor], Tensor]) -> Tensor:
     """The block's output: fused, or by `eager` wherever the formula does not apply to this call."""
-    parts = _SMALL if _is_small(block, residual, x) else _ambient_objection(x) or _resolve(block, residual)
+    parts = _SMALL if _is_small(block, residual, x) else _ambient_objection(x) or _parts(block, residual)
     if dispatch.recorder is None:
-        return eager(x) if isinstance(parts, str) else execute(parts, x)
+        return eager(x) if isinstance(parts, str) else execute(parts, x, of_block(block))
     with dispatch.recorder.inside(block, parts if isinstance(parts, str) else None):
-        return eager(x) if isinstance(parts, str) else execute(parts, x)
+        return eager(x) if isinstance(parts, str) else execute(parts, x, of_block(block))
 
 
 _SMALL = "the input is small: eager is faster below FUSEDRES_MIN_ELEMENTS elements"
@@ -154,139 +155,105 @@ def _ambient_objection(x: Tensor) -> str | None:
     return None
 
 
-def _child(block: nn.Module, path: str) -> nn.Module | None:
-    modules = block._modules
-    if "." not in path:
-        return modules.get(path)
-    child: nn.Module | None = block
-    for name in path.split("."):
-        child = None if child is None else child._modules.get(name)
-    return child
-
-
-def _active(block: nn.Module, paths: tuple[str, ...]) -> list[nn.Module]:
-    children = [_child(block, path) for path in paths]
-    return [child for child in children if child is not None and not _is_identity(child)]
-
-
-def _is_identity(module: nn.Module) -> bool:
-    cls = type(module)
-    return (cls is nn.Identity or (cls is nn.Sequential and not module._modules)) and not is_hooked(module)
-
-
-def _activation(block: nn.Module, act: str | Activation | None) -> nn.Module | Activation | str:
-    """The catalogue's row, or the child to be called where there is none, or an objection."""
-    if act is None:
-        return IDENTITY
-    if isinstance(act, Activation):
-        return act
-    child = _child(block, act)
-    if child is None:
-        return f"it has no child {act!r}"
-    if is_hooked(child):
-        return f"{act} has hooks or a patched forward"
-    return of_module(child) or child
-
-
-def _resolve(block: nn.Module, residual: Residual) -> Parts | str:
+def _parts(block: nn.Module, residual: Residual) -> Parts | str:
     """The children that this call runs, or why it takes the eager path."""
-    reason = hosts_objection(block, residual.hosts)
+    if torch.compiler.is_compiling():
+        return _resolve(Reader(block), residual)
+    parts = recall(block, residual)
+    if parts is None:
+        reader = Reader(block)
+        parts = _resolve(reader, residual)
+        if not isinstance(parts, str):
+            remember(parts, residual, reader)
+    return parts
+
+
+def _resolve(reader: Reader, residual: Residual) -> Parts | str:
+    reason = _hosts_objection(reader, residual.hosts)
     if reason is not None:
         return reason
     spans = []
-    acts: dict[str | Activation | None, nn.Module | Activation | str] = {None: IDENTITY}  # one child may act often
     for stage in residual.stages:
-        conv, norm = _child(block, stage.conv), _child(block, stage.norm)
+        conv, norm = reader.child(stage.conv), reader.child(stage.norm)
         if conv is None:
             return f"it has no child {stage.conv!r}"
         reason = norm_objection(stage.norm, norm)
         if reason is not None:
             return reason
-        act = acts.get(stage.act)
-        if act is None:
-            act = acts[stage.act] = _activation(block, stage.act)
+        act = _activation(reader, stage.act)
         if isinstance(act, str):
             return act
-        before, after = stage.before_act, stage.after_act
-        spans.append(
-            Span(
-                conv,
-                norm,  # pyright: ignore[reportArgumentType]  # None is an objection
-                _active(block, before) if before else [],
-                act,
-                _active(block, after) if after else [],
-            )
-        )
-    act = acts.get(residual.act) or _activation(block, residual.act)
+        before, after = _active(reader, stage.before_act), _active(reader, stage.after_act)
+        spans.append(Span(conv, norm, before, act, after))  # pyright: ignore[reportArgumentType]  # None is an objection
+    act = _activation(reader, residual.act)
     if isinstance(act, str):
         return act
-    projection = _projection(block, residual.shortcut)
+    projection = _projection(reader, residual.shortcut)
     if isinstance(projection, str):
         return projection
     before_norm, shortcut_norm = projection
     if shortcut_norm is not None and shortcut_norm is spans[-1].norm:
         return "the shortcut's norm is the branch's too"
+    gate = None if residual.gate is None else reader.setting(reader.block, residual.gate)
+    if gate is MISSING:
+        return f"it has no attribute {residual.gate!r}"
     return Parts(
         spans,
         residual.shortcut is not None,
         before_norm,
         shortcut_norm,
-        _active(block, residual.between) if residual.between else [],
-        None if residual.gate is None else getattr(block, residual.gate),
+        _active(reader, residual.between),
+        gate,
         residual.adds_in_place,
         act,
-        of_block(block),
     )
 
 
-def hosts_objection(block: nn.Module, hosts: tuple[Host, ...]) -> str | None:
-    """What has changed since the block was described."""
-    for host in hosts:
-        reason = _host_objection(block, host)
-        if reason is not None:
-            return reason
-    return None
+def _active(reader: Reader, paths: tuple[str, ...]) -> list[nn.Module]:
+    children = [reader.child(path) for path in paths]
+    return [child for child in children if child is not None and not _is_identity(reader, child)]
 
 
-def _host_objection(block: nn.Module, host: Host) -> str | None:
-    module = block
-    if host.path:
-        child = _child(block, host.path)
-        if child is None or (host.kind is not None and type(child) is not host.kind):
-            return f"{host.path} was replaced"
-        if is_hooked(child):
-            return f"{host.path} has hooks or a patched forward"
-        module = child
-    if host.children is not None and len(module._modules) != host.children:
-        return f"{host.path or 'the block'} has other children than when it was described"
-    for name, value in host.attributes:
-        current = getattr(module, name, _MISSING)
-        if current is not value and (type(current) is not type(value) or current != value):
-            return f"{name} is not {value!r} any more"
-    return None
+def _is_identity(reader: Reader, module: nn.Module) -> bool:
+    if is_hooked(module):
+        return False
+    return type(module) is nn.Identity or (type(module) is nn.Sequential and not reader.children(module))
 
 
-_MISSING = object()
+def _activation(reader: Reader, act: str | Activation | None) -> nn.Module | Activation | str:
+    """The catalogue's row, or the child to be called where there is none, or an objection."""
+    if act is None:
+        return IDENTITY
+    if isinstance(act, Activation):
+        return act
+    child = reader.child(act)
+    if child is None:
+        return f"it has no child {act!r}"
+    if is_hooked(child):
+        return f"{act} has hooks or a patched forward"
+    for name in settings_of(child):
+        reader.setting(child, name)
+    return of_module(child) or child
 
 
 def _projection(
-    block: nn.Module, shortcut: str | tuple[str, ...] | None
+    reader: Reader, shortcut: str | tuple[str, ...] | None
 ) -> tuple[list[nn.Module], nn.Module | None] | str:
     """The shortcut's modules in order, a last one that is a norm apart; both are empty for the identity."""
-    if shortcut is None:
+    if not shortcut:
         return [], None
     if isinstance(shortcut, str):
-        whole = _child(block, shortcut)
-        if whole is None or _is_identity(whole):
+        whole = reader.child(shortcut)
+        if whole is None or _is_identity(reader, whole):
             return [], None
         if type(whole) is not nn.Sequential:
             return [whole], None
         if is_hooked(whole):
             return f"{shortcut} has hooks or a patched forward"
-        children = [child for child in whole._modules.values() if child is not None]
+        children = reader.children(whole)
         last = f"{shortcut}.{len(children) - 1}"
     else:
-        found = [_child(block, path) for path in shortcut]
+        found = [reader.child(path) for path in shortcut]
         children = [child for child in found if child is not None]
         if len(children) < len(found):
             return f"it has not all of {', '.join(shortcut)}"
@@ -296,3 +263,33 @@ def _projection(
     if is_hooked(children[-1]):
         return f"{last} has hooks or a patched forward"
     return children, None
+
+
+def hosts_objection(block: nn.Module, hosts: tuple[Host, ...]) -> str | None:
+    """What has changed since the block was described."""
+    return _hosts_objection(Reader(block), hosts)
+
+
+def _hosts_objection(reader: Reader, hosts: tuple[Host, ...]) -> str | None:
+    for host in hosts:
+        reason = _host_objection(reader, host)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _host_objection(reader: Reader, host: Host) -> str | None:
+    module = reader.block
+    if host.path:
+        child = reader.child(host.path)
+        if child is None or (host.kind is not None and type(child) is not host.kind):
+            return f"{host.path} was replaced"
+        if is_hooked(child):
+            return f"{host.path} has hooks or a patched forward"
+        module = child
+    if host.children is not None and reader.count(module) != host.children:
+        return f"{host.path or 'the block'} has other children than when it was described"
+    for name, value in host.attributes:
+        if not is_same(reader.setting(module, name), value):
+            return f"{name} is not {value!r} any more"
+    return None

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fusedres.memo import forget
 from fusedres.residual import Host, Residual, hosts_objection, run
 
 _copying = threading.RLock()
@@ -70,6 +71,7 @@ class Fused:
     family: str
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        forget(self)  # pyright: ignore[reportArgumentType]
         # By protocol 0, because pickle refuses a later protocol's constructor for any class but the object's own.
         reduced = super().__reduce_ex__(0)
         if isinstance(reduced, str):
@@ -86,6 +88,7 @@ class Fused:
 
     def _copied(self, copier: Callable[[Any], Any]) -> Any:
         """Copied as its original class copies itself, and fused like it."""
+        forget(self)  # pyright: ignore[reportArgumentType]
         cls = type(self)
         with _copying:
             self.__class__ = self.original  # pyright: ignore[reportAttributeAccessIssue]
@@ -116,6 +119,7 @@ def swap(module: nn.Module, description: Description, family: str) -> None:
 def restore(module: nn.Module) -> None:
     """Give a fused module its class back."""
     if isinstance(module, Fused):
+        forget(module)
         module.__class__ = module.original  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -29,7 +29,7 @@ LAYERS = (
     {"executor"},
     {"segment"},
     {"synchronised"},
-    {"gates", "memory", "modules", "ops"},
+    {"gates", "memo", "memory", "modules", "ops"},
     {"dispatch"},
     {"backends"},
     {"host"},

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedres.memo import forget
 from fusedres.residual import Residual, run
 
 NormLayer = Callable[[int], nn.Module]
@@ -36,6 +37,10 @@ class Block(nn.Module):
             return self.eager_forward(x)
         residual = self.residual if self.shortcut is None else self._residual_of_shortcut
         return run(self, residual, x, self.eager_forward)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        forget(self)
+        return super().__reduce_ex__(protocol)
 
     def zero_init_last(self) -> None:
         """Start the last norm's weight at zero, so that the block begins as its shortcut."""

@@ -41,13 +41,17 @@ class End(NamedTuple):
 
 
 def is_bare(conv: nn.Module) -> bool:
-    """Whether calling the convolution is `torch.convolution` of its parameters and nothing else."""
+    """Whether calling the module is its class's convolution and nothing else."""
+    return type(conv) is nn.Conv2d and not is_hooked(conv)
+
+
+def is_plain(conv: Any) -> bool:
+    """Whether a bare convolution is `torch.convolution` of its parameters as they are now."""
+    state = conv.__dict__
     return (
-        type(conv) is nn.Conv2d
-        and not is_hooked(conv)
-        and conv.padding_mode == "zeros"
-        and type(conv.padding) is tuple
-        and type(conv._parameters.get("weight")) in (nn.Parameter, Tensor)
+        state["padding_mode"] == "zeros"
+        and type(state["padding"]) is tuple
+        and type(state["_parameters"].get("weight")) in (nn.Parameter, Tensor)
     )
 
 
