@@ -68,7 +68,7 @@ def backends(run: Run, report: Report) -> list[str]:
 def contestants(run: Run, shape: tuple[int, ...], direction: str, left_out: dict[str, str]) -> dict[str, Call]:
     """Warm calls by name, with and without a CUDA graph; who can't run is in `left_out` with the reason."""
     steps: dict[str, Step] = {BASELINE: eager, "compile": torch.compile(eager, dynamic=False)}
-    steps |= {backend.name: on(backend.name) for backend in dispatch.ORDER if not backend.plain}
+    steps |= {backend.name: on(backend.name) for backend in dispatch.ORDER if backend.keys}
     calls: dict[str, Call] = {}
     for name, step in steps.items():
         call = prepared(run, shape, direction, step)

@@ -14,12 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fusedres.backends import Backend, Request, cuda, native, reference, triton
+from fusedres.backends import Backend, Request, cuda, cudnn, native, onednn, reference, triton
 
 # A kernel tells the backward in one byte which value of a window was the largest, and 255 that none was.
 MOST_POSITIONS = 255
 
-ORDER: list[Backend] = [native.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND]
+ORDER: list[Backend] = [
+    native.BACKEND,
+    triton.BACKEND,
+    cuda.BACKEND,
+    onednn.BACKEND,
+    cudnn.BACKEND,
+    reference.BACKEND,
+]
 
 
 def _number(given: str) -> int:
@@ -88,6 +95,11 @@ def backend(name: str) -> Backend:
     raise ValueError(f"backend must be one of {', '.join(b.name for b in ORDER)}; got {name!r}")
 
 
+def candidates(op: str) -> list[Backend]:
+    """The backends that have the op, in order."""
+    return [candidate for candidate in ORDER if candidate.computes(op)]
+
+
 def choose(request: Request) -> Backend:
     """The first backend without an objection, or the forced one, which serves or raises."""
     if request.compiling:  # torch.compile guards on what this reads; a cache would hide it
@@ -112,7 +124,7 @@ def _first(request: Request) -> Backend:
         if reason is not None:
             raise Unserved(_forced, reason)
         return candidate
-    for candidate in ORDER:
+    for candidate in candidates(request.op):
         if objection(candidate, request) is None:
             return candidate
     raise RuntimeError(f"no backend serves {request}")
@@ -120,7 +132,9 @@ def _first(request: Request) -> Backend:
 
 def objection(candidate: Backend, request: Request) -> str | None:
     """Why a backend can't serve a request: what holds for all kernels, then its own reason."""
-    if not candidate.plain:
+    if not candidate.computes(request.op):
+        return f"it has no {request.op}"
+    if candidate.keys and request.op != "conv_act":
         if request.device.upper() not in candidate.keys:
             return f"it has no kernels for {request.device} tensors"
         if candidate.kernels and f"{request.op}_forward" not in candidate.kernels:
@@ -138,7 +152,7 @@ def objection(candidate: Backend, request: Request) -> str | None:
 
 def objections(request: Request) -> dict[str, str]:
     """Every backend's objection to `request`, those without one left out."""
-    reasons = {candidate.name: objection(candidate, request) for candidate in ORDER}
+    reasons = {candidate.name: objection(candidate, request) for candidate in candidates(request.op)}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

@@ -42,7 +42,7 @@ def examine() -> Iterator[Finding]:
     for backend in dispatch.ORDER:
         served = [device for device in devices if backend.plain or device.upper() in backend.keys]
         for device in served:
-            for op in OPS:
+            for op in filter(backend.computes, OPS):
                 yield _op(backend.name, op, device)
         if not served:
             yield Finding(f"backend {backend.name}", MISSING, _no_device())

@@ -109,7 +109,8 @@ def test_other_devices_are_objected_to_by_name(device: str) -> None:
 CHOOSING = """
 import sys, torch, fusedres
 from fusedres import dispatch
-assert [backend.name for backend in dispatch.ORDER] == ["native", "triton", "cuda", "reference"]
+names = ["native", "triton", "cuda", "onednn", "cudnn", "reference"]
+assert [backend.name for backend in dispatch.ORDER] == names
 with fusedres.use_backend("reference"):
     fusedres.ops.affine_act(torch.randn(2, 3, 4, 4))
 assert "triton" not in sys.modules and not torch.cuda.is_initialized()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fusedres.epilogue import Activation
 
 
 class Affine(NamedTuple):
@@ -55,6 +57,30 @@ class Window(NamedTuple):
         return rows, columns
 
 
+class Geometry(NamedTuple):
+    """How a convolution's windows lie, rows before columns; padding is with zeros, on both sides."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, kernel: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the result; less than 1 where the kernel doesn't fit."""
+        rows, columns = (
+            (size + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+            for size, k, stride, padding, dilation in zip((height, width), kernel, *self[:3], strict=True)
+        )
+        return rows, columns
+
+
+class Filter(NamedTuple):
+    """What a convolution multiplies by and adds."""
+
+    weight: Tensor  # (O, I / groups, H, W), or what a backend has packed it into
+    bias: Tensor | None = None  # (O,)
+
+
 class Statistics(IntEnum):
     """Where a branch's statistics come from; an integer in the operator schemas."""
 
@@ -81,6 +107,22 @@ class Request(NamedTuple):
     subclass: bool = False
     compiling: bool = False
     window_positions: int = 0  # values that one window of a max-pool compares
+    wants_gradient: bool = False
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """How a backend computes conv_act, in two functions.
+
+    Args:
+        pack: (filter, geometry, x's sizes, whether a residual is added) -> the filter as `run` takes it best. Its bias
+            may come in a wider dtype than its weight. The sizes are a hint: the result serves inputs of any size.
+        run: (x, filter, residual, geometry, act, in_place) -> y. The filter is packed, or all in x's dtype; in_place
+            says that the residual's memory may become y's.
+    """
+
+    pack: Callable[[Filter, Geometry, Sequence[int], bool], Filter]
+    run: Callable[[Tensor, Filter, Tensor | None, Geometry, Activation, bool], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +132,12 @@ class Backend:
     Either `plain` holds the ops as functions of ordinary operations, which autograd and torch.compile see through,
     or the backend owns kernels: `<op>_forward` and `<op>_backward` for the schemas of `fusedres.ops`, registered for
     the dispatch keys `keys` in the namespace `fusedres_<name>`. `kernels` holds those that are written in Python; a
-    compiled library registers its own.
+    compiled library registers its own. Either kind may have convolutions beside them, or have nothing else.
 
     Args:
         name: the word for `use_backend` and FUSEDRES_BACKEND.
         objection: why it can't serve a request, as one sentence with the remedy, or None.
+        convolution: how it computes conv_act, if it does.
     """
 
     name: str
@@ -102,3 +145,8 @@ class Backend:
     plain: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     kernels: Mapping[str, Callable[..., object]] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    convolution: Convolution | None = None
+
+    def computes(self, op: str) -> bool:
+        """Whether it has the op at all."""
+        return self.convolution is not None if op == "conv_act" else bool(self.plain or self.keys)

@@ -1,17 +1,19 @@
 """The meaning of every op in plain aten; every other backend is tested against it.
 
-    y = act(k * BN_x(x) + BN_r(r))
+    y = act(k * BN_x(x) + BN_r(r)),    y = act(conv(x) + r)
 
 It registers nothing: autograd, double backward and torch.compile see ordinary operations, those that eager runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.backends import Affine, Backend, Norm, Request, Window
+from fusedres.backends import Affine, Backend, Convolution, Filter, Geometry, Norm, Request, Window
 from fusedres.epilogue import RELU, Activation
 
 
@@ -90,10 +92,26 @@ def bn_act_pool(x: Tensor, norm: Norm, window: Window, act: Activation) -> Tenso
     return F.max_pool2d(_activate(apply_norm(x, norm), act, x), *window)
 
 
+def conv_act(
+    x: Tensor, taps: Filter, residual: Tensor | None, geometry: Geometry, act: Activation, in_place: bool
+) -> Tensor:
+    z = F.conv2d(x, *taps, *geometry)
+    return _activate(join(z, residual, None, owned=True), act, x)
+
+
+def as_it_is(taps: Filter, geometry: Geometry, sizes: Sequence[int], joins: bool) -> Filter:
+    """The packing of a backend that takes a filter as it is: its bias in the weight's dtype."""
+    weight, bias = taps
+    return Filter(weight, None if bias is None else bias.to(weight.dtype))
+
+
 def _objection(request: Request) -> str | None:
     return None
 
 
 BACKEND = Backend(
-    "reference", _objection, plain={"affine_act": affine_act, "bn_act": bn_act, "bn_act_pool": bn_act_pool}
+    "reference",
+    _objection,
+    plain={"affine_act": affine_act, "bn_act": bn_act, "bn_act_pool": bn_act_pool},
+    convolution=Convolution(as_it_is, conv_act),
 )

@@ -9,8 +9,18 @@ from fusedres.ops.bn_act import SPEC as BN_ACT
 from fusedres.ops.bn_act import bn_act
 from fusedres.ops.bn_act_pool import SPEC as BN_ACT_POOL
 from fusedres.ops.bn_act_pool import bn_act_pool
+from fusedres.ops.conv_act import conv_act
 
-__all__ = ["Affine", "Norm", "affine_act", "bn_act", "bn_act_pool", "register_backend", "unregister_backend"]
+__all__ = [
+    "Affine",
+    "Norm",
+    "affine_act",
+    "bn_act",
+    "bn_act_pool",
+    "conv_act",
+    "register_backend",
+    "unregister_backend",
+]
 
 
 _SPECS = (AFFINE_ACT, BN_ACT, BN_ACT_POOL)

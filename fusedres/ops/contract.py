@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres import dispatch
-from fusedres.backends import Affine, Norm, Request, Window
+from fusedres.backends import Affine, Geometry, Norm, Request, Window
 from fusedres.epilogue import Activation, find
 
 _Pair = int | tuple[int, int]
@@ -101,6 +101,57 @@ def window(x: Tensor, kernel_size: _Pair, stride: _Pair | None, padding: _Pair) 
             f"got {tuple(x.shape)}; pass a smaller kernel_size"
         )
     return found
+
+
+def geometry(stride: _Pair, padding: _Pair, dilation: _Pair, groups: int) -> Geometry:
+    """How these arguments of eager's convolution lay its windows."""
+    found = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
+    if min(*found.stride, *found.dilation, groups) < 1 or min(found.padding) < 0:
+        raise ValueError(
+            "stride, dilation and groups must be at least 1 and padding at least 0, "
+            f"got {found.stride}, {found.dilation}, {groups} and {found.padding}"
+        )
+    return found
+
+
+def check_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry
+) -> None:
+    """x: (N, I, H, W); weight: (O, I / groups, rows, columns); bias: (O,); residual: y's shape; all on one device."""
+    check_tensors(x, None, None)
+    if x.dim() != 4 or weight.dim() != 4:
+        raise ValueError(
+            f"x and weight must have 4 dimensions, got {tuple(x.shape)} and {tuple(weight.shape)}; "
+            "add a batch dimension to a single image"
+        )
+    out, width, *kernel = weight.shape
+    if width * geometry.groups != x.shape[1] or out % geometry.groups:
+        raise ValueError(
+            f"weight must be (O, {x.shape[1]} / groups, rows, columns) with O a multiple of groups={geometry.groups}, "
+            f"got {tuple(weight.shape)}; pass the groups that the weight was made for"
+        )
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and (t.device != x.device or t.dtype != x.dtype):
+            raise ValueError(
+                f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}; "
+                f"convert it with {name}.to(x)"
+            )
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"bias must have shape ({out},), got {tuple(bias.shape)}; pass one value a channel of y")
+    rows, columns = geometry.output_size((kernel[0], kernel[1]), *x.shape[2:])
+    if min(rows, columns) < 1:
+        raise ValueError(
+            f"x must hold at least one window of {tuple(kernel)} with padding {geometry.padding}, "
+            f"got {tuple(x.shape)}; pad x or pass a smaller weight"
+        )
+    expected = (x.shape[0], out, rows, columns)
+    if residual is not None and (residual.shape != expected or residual.device != x.device):
+        raise ValueError(
+            f"residual must match y: expected {expected} on {x.device}, got {tuple(residual.shape)} on "
+            f"{residual.device}; project the shortcut or expand it first"
+        )
+    if residual is not None and not residual.is_floating_point():
+        raise TypeError(f"residual must be a floating-point tensor, got {residual.dtype}; convert it to {x.dtype}")
 
 
 def _pair(value: _Pair) -> tuple[int, int]:

@@ -105,7 +105,7 @@ def of(backend: Backend, op: str) -> Kernels:
 
 def bind(backend: Backend, specs: tuple[Spec, ...]) -> None:
     """Define the operators of a backend that owns kernels."""
-    if not backend.plain:
+    if backend.keys:
         library = torch.library.Library(f"fusedres_{backend.name}", "DEF")
         for spec in specs:
             _registered[backend.name, spec.name] = Kernels(spec, backend, library)
