@@ -27,14 +27,16 @@ def of_forward(module: nn.Module) -> Runs | None:
     if not any(child is not None and is_batch_norm(child) for child in module._modules.values()):
         return None
     try:
-        (training, hosts), (evaluating, hosts_in_eval) = (_chain(module, mode) for mode in (True, False))
+        (training, hosts), (evaluating, hosts_in_eval) = (of_calls(module, mode) for mode in (True, False))
     except UnprovenError:
+        return None
+    if any(isinstance(step, str) and "." in step for step in (*training, *evaluating)):
         return None
     return _runs(module, _steps(module, training), _steps(module, evaluating), hosts + hosts_in_eval)
 
 
-def _chain(module: nn.Module, training: bool) -> tuple[list[Step], tuple[Host, ...]]:
-    """What a forward calls, in order, and the settings that it read."""
+def of_calls(module: nn.Module, training: bool) -> tuple[list[Step], tuple[Host, ...]]:
+    """What a forward that is provably a chain calls, in order, and the settings that it read; UnprovenError else."""
     trace = Trace(module, training, enters=False)
     before, *nodes, output = trace.graph.nodes
     steps: list[Step] = []
@@ -49,7 +51,7 @@ def _chain(module: nn.Module, training: bool) -> tuple[list[Step], tuple[Host, .
 
 
 def _step(node: fx.Node) -> Step:
-    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs and "." not in str(node.target):
+    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
         return str(node.target)
     if node.op == "call_module" or not _is_constant((node.args[1:], tuple(node.kwargs.values()))):
         raise UnprovenError(f"{node} can't be called again from its arguments")

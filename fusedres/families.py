@@ -15,7 +15,7 @@ from fusedres.modules import is_batch_norm
 from fusedres.proof import prove
 from fusedres.report import Code, Objection
 from fusedres.residual import Host, Residual, Stage
-from fusedres.swap import Description
+from fusedres.swap import Description, class_of
 
 Describe = Callable[[nn.Module], Residual | Objection]
 
@@ -164,7 +164,7 @@ def register_family(block: str | type[nn.Module], name: str | None = None) -> Ca
 
 def find(module: nn.Module) -> Finding | None:
     """The family and description of a module; None where it is nothing like a block."""
-    cls = type(module)
+    cls = class_of(module)
     for base in cls.__mro__:
         family = FAMILIES.get(_qualified_name(base))
         if family is not None and cls.forward is base.forward:
@@ -172,7 +172,7 @@ def find(module: nn.Module) -> Finding | None:
     if isinstance(module, nn.Sequential):
         runs = chains.of_sequential(module) if cls.forward is nn.Sequential.forward else None
         return None if runs is None else Finding("sequential", runs)
-    if type(module).__module__.startswith("torch.") or is_batch_norm(module):
+    if cls.__module__.startswith("torch.") or is_batch_norm(module):
         return None
     description = prove(module) if _may_be_block(module) else None
     if isinstance(description, Residual) or (description is not None and _looks_residual(module)):

@@ -9,6 +9,7 @@ state of PyTorch.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -44,6 +45,16 @@ _ACTIVATIONS: dict[Any, str] = {
     "relu_": "relu",
 }
 _ACTIVATION_DEFAULTS = {"approximate": "none", "negative_slope": 0.01}
+
+
+def activation_of(target: object, keywords: Mapping[str, object]) -> Activation | None:
+    """The catalogue's row that a function, or a method's name, is with these keywords."""
+    name = _ACTIVATIONS.get(target)
+    settings = {key: value for key, value in keywords.items() if key != "inplace"}
+    fits = all(_ACTIVATION_DEFAULTS.get(key) == value for key, value in settings.items())
+    return find(name) if name is not None and fits else None
+
+
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE_ADDITIONS = (operator.iadd, "add_")
 _PRODUCTS = (operator.mul, torch.mul, "mul")
@@ -152,10 +163,10 @@ class _Match:
             if node.op == "call_module" and not node.kwargs:
                 path = str(node.target)
                 return _Step(node, path, self._block.get_submodule(path)), operand
-            name = _ACTIVATIONS.get(node.target) if node.op in ("call_function", "call_method") else None
-            settings = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-            if name is not None and all(_ACTIVATION_DEFAULTS.get(key) == value for key, value in settings.items()):
-                return _Step(node, function=find(name)), operand
+            if node.op in ("call_function", "call_method"):
+                function = activation_of(node.target, node.kwargs)
+                if function is not None:
+                    return _Step(node, function=function), operand
         raise UnprovenError(f"{_name(node)} is no part of the formula")
 
     def _gate(self, node: fx.Node) -> tuple[_Step, fx.Node]:

@@ -98,7 +98,7 @@ def objection(block: nn.Module, residual: Residual) -> str | None:
 
 def run(block: nn.Module, residual: Residual, x: Tensor, eager: Callable[[Tensor], Tensor]) -> Tensor:
     """The block's output: fused, or by `eager` wherever the formula does not apply to this call."""
-    parts = _SMALL if _is_small(block, residual, x) else _ambient_objection(x) or _parts(block, residual)
+    parts = _SMALL if _is_small(block, residual, x) else ambient_objection(x) or resolve(block, residual)
     if dispatch.recorder is None:
         return eager(x) if isinstance(parts, str) else execute(parts, x, of_block(block))
     with dispatch.recorder.inside(block, parts if isinstance(parts, str) else None):
@@ -133,7 +133,7 @@ def _synchronises(block: nn.Module) -> bool:
     return any(type(module) is nn.SyncBatchNorm for module in block.modules())
 
 
-def _ambient_objection(x: Tensor) -> str | None:
+def ambient_objection(x: Tensor) -> str | None:
     """What makes any block take its eager path in this call."""
     if dispatch.disabled:
         return "FUSEDRES_DISABLE is set"
@@ -155,7 +155,7 @@ def _ambient_objection(x: Tensor) -> str | None:
     return None
 
 
-def _parts(block: nn.Module, residual: Residual) -> Parts | str:
+def resolve(block: nn.Module, residual: Residual) -> Parts | str:
     """The children that this call runs, or why it takes the eager path."""
     if torch.compiler.is_compiling():
         return _resolve(Reader(block), residual)

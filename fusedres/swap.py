@@ -57,18 +57,14 @@ class Runs:
 Description = Residual | Runs
 
 
-class Fused:
-    """What the classes of fused modules have in common.
+class Swapped:
+    """What the classes of modules whose class was swapped have in common.
 
     Args:
         original: the class that the module had.
-        description: what forward runs.
-        family: what the module was recognised as.
     """
 
     original: type[nn.Module]
-    description: Description
-    family: str
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         forget(self)  # pyright: ignore[reportArgumentType]
@@ -78,7 +74,7 @@ class Fused:
             return reduced
         function, arguments, *state = reduced
         cls = type(self)
-        return (function, tuple(self.original if argument is cls else argument for argument in arguments), *state)
+        return (function, tuple(class_of(self) if argument is cls else argument for argument in arguments), *state)
 
     def __copy__(self) -> Any:
         return self._copied(copy.copy)
@@ -87,17 +83,47 @@ class Fused:
         return self._copied(partial(copy.deepcopy, memo=memo))
 
     def _copied(self, copier: Callable[[Any], Any]) -> Any:
-        """Copied as its original class copies itself, and fused like it."""
+        """Copied as its original class copies itself, and swapped like it."""
         forget(self)  # pyright: ignore[reportArgumentType]
         cls = type(self)
         with _copying:
-            self.__class__ = self.original  # pyright: ignore[reportAttributeAccessIssue]
+            self.__class__ = class_of(self)
             try:
                 twin = copier(self)
             finally:
                 self.__class__ = cls
         twin.__class__ = cls
         return twin
+
+
+class Fused(Swapped):
+    """What the classes of fused modules have in common.
+
+    Args:
+        description: what forward runs.
+        family: what the module was recognised as.
+    """
+
+    description: Description
+    family: str
+
+
+# (module, x, the module's own forward) -> y
+Server = Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor]], Tensor]
+
+
+class Optimized(Swapped):
+    """What the classes of optimized modules have in common; `original` may be the class of a fused module."""
+
+    server: Server
+
+
+def class_of(module: Any) -> Any:
+    """The class that a module was written with, whatever was swapped since."""
+    cls = type(module)
+    while issubclass(cls, Swapped):
+        cls = cls.original
+    return cls
 
 
 def objection(original: type[nn.Module]) -> str | None:
@@ -113,38 +139,55 @@ def objection(original: type[nn.Module]) -> str | None:
 
 def swap(module: nn.Module, description: Description, family: str) -> None:
     """Let the module run its description."""
-    module.__class__ = _subclass(type(module), description, family)
+    _change_below(module, lambda cls: _fused_class(cls, description, family))
 
 
 def restore(module: nn.Module) -> None:
     """Give a fused module its class back."""
     if isinstance(module, Fused):
         forget(module)
-        module.__class__ = module.original  # pyright: ignore[reportAttributeAccessIssue]
+        _change_below(module, lambda cls: cls.original)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-_subclasses: dict[tuple[type[nn.Module], Description, str], type[nn.Module]] = {}
+def _change_below(module: nn.Module, change: Callable[[type[nn.Module]], type[nn.Module]]) -> None:
+    """Change a module's class, or what is optimized of it."""
+    cls: Any = type(module)
+    module.__class__ = _optimized_class(change(cls.original), cls.server) if issubclass(cls, Optimized) else change(cls)
 
 
-def _subclass(original: type[nn.Module], description: Description, family: str) -> type[nn.Module]:
+_subclasses: dict[tuple[object, ...], type[nn.Module]] = {}
+
+
+def _fused_class(original: type[nn.Module], description: Description, family: str) -> type[nn.Module]:
     key = original, description, family
     if key not in _subclasses:
         if isinstance(description, Residual):
             forward = _block_forward(original.forward, description)
         else:
             forward = _runs_forward(original.forward, description)
-        members = {
-            "original": original,
-            "description": description,
-            "family": family,
-            "forward": _in_the_name_of(original.forward, forward),
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__doc__": original.__doc__,
-        }
-        metaclass: Any = type(original)
-        _subclasses[key] = metaclass(original.__name__, (Fused, original), members)
+        _subclasses[key] = _subclass(Fused, original, forward, description=description, family=family)
     return _subclasses[key]
+
+
+def _optimized_class(original: type[nn.Module], server: Server) -> type[nn.Module]:
+    key = original, server
+    if key not in _subclasses:
+        forward = _optimized_forward(original.forward, server)
+        _subclasses[key] = _subclass(Optimized, original, forward, server=staticmethod(server))
+    return _subclasses[key]
+
+
+def _subclass(kind: type[Swapped], original: type[nn.Module], forward: FunctionType, **members: object) -> Any:
+    """A class that nobody tells from the original by its looks."""
+    members |= {
+        "original": original,
+        "forward": _in_the_name_of(original.forward, forward),
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    metaclass: Any = type(original)
+    return metaclass(original.__name__, (kind, original), members)
 
 
 def _block_forward(original: Callable[..., Any], residual: Residual, run: Any = run, partial: Any = partial) -> Any:
@@ -154,6 +197,15 @@ def _block_forward(original: Callable[..., Any], residual: Residual, run: Any = 
         if len(args) != 1 or kwargs:
             return original(self, *args, **kwargs)
         return run(self, residual, args[0], partial(original, self))
+
+    return forward
+
+
+def _optimized_forward(original: Callable[..., Any], server: Server, partial: Any = partial) -> Any:
+    def forward(self, *args, **kwargs):
+        if len(args) != 1 or kwargs:
+            return original(self, *args, **kwargs)
+        return server(self, args[0], partial(original, self))
 
     return forward
 
@@ -185,6 +237,18 @@ def _runs_forward(
         return run_steps(self, runs.steps if self.training else runs.steps_in_eval, args[0])
 
     return forward
+
+
+def optimize(module: nn.Module, server: Server) -> None:
+    """Let `server` compute what the module is called with, or leave it to the module's own forward."""
+    if not isinstance(module, Optimized):
+        module.__class__ = _optimized_class(type(module), server)
+
+
+def unoptimize(module: nn.Module) -> None:
+    """Give an optimized module its class back."""
+    if isinstance(module, Optimized):
+        module.__class__ = module.original  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _in_the_name_of(original: Callable[..., Any], forward: FunctionType) -> FunctionType:

@@ -66,10 +66,11 @@ class _Tracer(fx.Tracer):
 
     def enter(self, path: str, module: nn.Module) -> Any:
         if path not in self.entered:
-            reason = swap.objection(type(module))
+            cls = swap.class_of(module)
+            reason = swap.objection(cls)
             if reason is not None:
                 raise UnprovenError(reason)
-            stand_in = object.__new__(_stand_in_class(type(module)))
+            stand_in = object.__new__(_stand_in_class(cls))
             stand_in.__dict__.update(module.__dict__, training=self._training, **{_READS: {}})
             self.entered[path] = stand_in
         return self.entered[path]
