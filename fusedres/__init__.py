@@ -11,6 +11,7 @@ from fusedres.explanation import explain
 from fusedres.families import register_family
 from fusedres.fusion import fuse, unfuse
 from fusedres.memory import set_memory
+from fusedres.optimization import optimize, unoptimize
 from fusedres.verification import verify
 
 if _os.environ.get("FUSEDRES_BACKEND"):
@@ -24,9 +25,11 @@ __all__ = [
     "fuse",
     "models",
     "ops",
+    "optimize",
     "register_family",
     "set_memory",
     "unfuse",
+    "unoptimize",
     "use_backend",
     "verify",
 ]

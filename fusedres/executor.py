@@ -72,19 +72,31 @@ def execute(parts: Parts, x: Tensor, memory: Memory) -> Tensor:
             return y
     *inner, last = parts.spans
     z, norm = last.conv(_run_stages(inner, x, memory)), last.norm
-    z, norm, gate = _run_between(parts, z, norm)
+    z, norm, gate = run_between(parts, z, norm)
     for child in children:
         shortcut = child(shortcut)
+    return join(parts, z, norm, gate, shortcut, parts.shortcut_norm)
+
+
+def join(
+    parts: Parts,
+    z: Tensor,
+    norm: nn.Module | None,
+    gate: Tensor | None,
+    shortcut: Tensor,
+    shortcut_norm: nn.Module | None,
+) -> Tensor:
+    """Norms, gate, addition and activation of a block's end, in one op where its operands allow."""
     if shortcut.shape != z.shape or (shortcut.dtype != z.dtype and not parts.adds_in_place):
         # eager's own broadcasting, promotion or error
         z = bn_act(z, norm, IDENTITY, gate=gate)
-        shortcut = bn_act(shortcut, parts.shortcut_norm, IDENTITY)
+        shortcut = bn_act(shortcut, shortcut_norm, IDENTITY)
         if parts.adds_in_place:
             z += shortcut
         else:
             z = z + shortcut
         return _activate(z, parts.act)
-    return bn_act(z, norm, parts.act, residual=shortcut, residual_norm=parts.shortcut_norm, gate=gate)
+    return bn_act(z, norm, parts.act, residual=shortcut, residual_norm=shortcut_norm, gate=gate)
 
 
 def _run_segment(parts: Parts, x: Tensor, memory: Memory) -> tuple[Tensor | None, Tensor, list[nn.Module]]:
@@ -148,7 +160,7 @@ def _bn_act_pool(x: Tensor, norm: nn.Module, act: Activation, pool: nn.Module) -
     return ops.bn_act_pool(x, norm_of(norm), kernel_size=kernel_size, stride=stride, padding=padding, act=act)
 
 
-def _run_between(parts: Parts, z: Tensor, norm: nn.Module | None) -> tuple[Tensor, nn.Module | None, Tensor | None]:
+def run_between(parts: Parts, z: Tensor, norm: nn.Module | None) -> tuple[Tensor, nn.Module | None, Tensor | None]:
     """What stands between the last norm and the addition: (branch, norm still to be applied, gate)."""
     gate: Tensor | None = None
     if norm is not None and not dtypes_fit(z.dtype, norm):

@@ -1,0 +1,90 @@
+"""What an optimized module runs: a plan of its forward, made at its first call and again whenever it changed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fusedres import dispatch
+from fusedres.inference.program import Program
+from fusedres.inference.steps import Mode
+from fusedres.residual import ambient_objection
+
+__all__ = ["forget", "mode_of", "serve"]
+
+# Beside the modules and not in them, so that copies, pickles and state_dicts know nothing of it.
+_programs: WeakKeyDictionary[nn.Module, dict[Mode, Program]] = WeakKeyDictionary()
+_making = threading.RLock()
+
+
+def serve(module: nn.Module, x: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+    """The module's output by its plan; by its own forward in training, with gradients, and while it is traced."""
+    if torch.compiler.is_compiling():
+        return own(x)
+    mode = _objection(module, x) or mode_of(module, x)
+    if dispatch.recorder is None:
+        return own(x) if isinstance(mode, str) else _run(module, mode, x, own)
+    with dispatch.recorder.inside(module, mode if isinstance(mode, str) else None):
+        return own(x) if isinstance(mode, str) else _run(module, mode, x, own)
+
+
+def _run(module: nn.Module, mode: Mode, x: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+    found = _programs.get(module, _NOTHING).get(mode)
+    try:
+        if found is None or not found.watch.is_unchanged(module):
+            return _make(module, mode, x)
+        return found(x)
+    except RuntimeError:
+        own(x)  # where the input is to blame, this raises eager's own error
+        raise
+
+
+_NOTHING: dict[Mode, Program] = {}
+
+
+def _make(module: nn.Module, mode: Mode, x: Tensor) -> Tensor:
+    with _making:
+        found = _programs.get(module, _NOTHING).get(mode)
+        if found is not None and found.watch.is_unchanged(module):  # another thread was faster
+            return found(x)
+        program = Program(module, mode)
+        y = program.bind(x)
+        _programs[module] = {**_programs.get(module, _NOTHING), mode: program}
+        return y
+
+
+def forget(module: nn.Module) -> None:
+    """Drop the plans of a module."""
+    _programs.pop(module, None)
+
+
+def _objection(module: nn.Module, x: Tensor) -> str | None:
+    """Why this call is left to the module's own forward."""
+    if module.training:
+        return "it is in training mode"
+    if torch.is_grad_enabled():
+        return "gradients are enabled; call it under torch.no_grad() or torch.inference_mode()"
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode is active"
+    return ambient_objection(x)
+
+
+def mode_of(module: nn.Module, x: Tensor) -> Mode | str:
+    """What a plan of the module for inputs such as x is made for, or why there can be none."""
+    for weight in module.parameters():
+        if weight.dim() == 4:
+            break
+    else:
+        return "it has no convolution"
+    device = weight.device
+    if x.device != device:
+        return f"the input is on {x.device} and the parameters on {device}"
+    autocast = torch.is_autocast_enabled(device.type)
+    if not autocast and x.dtype is not weight.dtype:
+        return f"the input is {x.dtype} and the parameters are {weight.dtype}"
+    dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+    return Mode(device, dtype, autocast, dispatch._forced)

@@ -1,0 +1,223 @@
+"""optimize(model): let a model in eval mode run as a plan of fused convolutions, say what became of it, and undo it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fusedres import eligibility, inference, swap
+from fusedres.epilogue import IDENTITY
+from fusedres.inference.flatten import Flat, flatten
+from fusedres.inference.program import backend_of
+from fusedres.inference.steps import Convolve, Join, Mode, Normalise, Operation, Plain
+
+
+@dataclass(frozen=True)
+class Line:
+    """One step of a plan, or one module that has none.
+
+    Args:
+        module: the path of the optimized module; where nothing is, of the module that runs as it always did.
+        step: what runs as one operation, such as "layer1.0.conv3+bn3+add+relu".
+        backend: who computes a convolution; "plain" where modules and functions are called as they are.
+        in_place: whether the result is written over the residual.
+        reason: why it is plain, where one would expect better.
+    """
+
+    module: str
+    step: str
+    backend: str
+    in_place: bool = False
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What optimize did, step by step; printing it gives a table."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def convolutions(self) -> tuple[Line, ...]:
+        """The steps that a backend's convolution computes whole."""
+        return tuple(line for line in self.lines if line.backend != "plain")
+
+    @property
+    def plain(self) -> tuple[Line, ...]:
+        """What is called as it is."""
+        return tuple(line for line in self.lines if line.backend == "plain")
+
+    def to_json(self) -> str:
+        """The lines as a JSON list of objects."""
+        return json.dumps([asdict(line) for line in self.lines], indent=2)
+
+    def __str__(self) -> str:
+        if not self.convolutions:
+            reasons = "".join(f"\n{line.module or '(model)'}: {line.reason}" for line in self.plain if line.reason)
+            return f"no convolution found that can be optimized{reasons}"
+        cells = [("module", "backend", "step")]
+        cells += [(line.module or "(model)", line.backend, _words(line)) for line in self.lines]
+        widths = [max(len(row[column]) for row in cells) for column in range(2)]
+        rows = [f"{module:{widths[0]}}  {backend:{widths[1]}}  {step}" for module, backend, step in cells]
+        return "\n".join([*rows, f"{len(self.convolutions)} convolutions, {len(self.plain)} plain steps"])
+
+
+def _words(line: Line) -> str:
+    return line.step + (", in place" if line.in_place else "") + (f": {line.reason}" if line.reason else "")
+
+
+def optimize(model: nn.Module, *, example: Tensor | None = None) -> Optimization:
+    """Let a model in eval mode run as one plan: every convolution with its norm, shortcut and activation in one call.
+
+    The model stays the same object; only the class of what is optimized changes. In eval mode and without gradients
+    its plan runs, in channels_last from end to end: batch norms folded into the convolutions' weights, weights packed
+    once, residuals added and activated in the convolution, written in place where nobody else holds them. In training,
+    with gradients, under torch.compile and while it is exported or traced, its own forward runs as before.
+
+    The plan is made at the first call. Every call looks whether a parameter, buffer, child, hook or setting is another
+    than then, and if so makes it anew; what is written through a parameter's `.data` can't be seen. Where a forward is
+    no provable chain, the chains and blocks in it are optimized by themselves.
+
+    Args:
+        model: plain or fused, in eval mode.
+        example: an input to make the plan with now instead of at the first call.
+
+    >>> import fusedres
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    >>> print(fusedres.optimize(model).lines[0].step)
+    0+1+relu
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize takes an nn.Module, got {type(model).__name__}")
+    if model.training:
+        raise ValueError("optimize takes a model in eval mode, and this one is in training; call model.eval() first")
+    walk = _Walk(model)
+    lines = tuple(walk.lines())
+    before = [module for module in walk.found if not isinstance(module, swap.Optimized)]
+    for module in walk.found:
+        inference.forget(module)
+        swap.optimize(module, inference.serve)
+    if example is not None:
+        try:
+            with torch.no_grad():
+                model(example)
+        except Exception:
+            for module in before:
+                _restore(module)
+            raise
+    return Optimization(lines)
+
+
+def unoptimize(model: nn.Module) -> None:
+    """Give every module that optimize changed its class back, and drop what was packed for it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unoptimize takes an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        _restore(module)
+
+
+def _restore(module: nn.Module) -> None:
+    inference.forget(module)
+    swap.unoptimize(module)
+
+
+class _Walk:
+    """Looks at every module from the root down, but not below what is planned as a whole."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._names = {module: name for name, module in model.named_modules()}
+        self.found: list[nn.Module] = []
+
+    def lines(self) -> Iterator[Line]:
+        yield from self._visit(self._model)
+
+    def _visit(self, module: nn.Module) -> Iterator[Line]:
+        cls = swap.class_of(module)
+        if not any(isinstance(child, nn.Conv2d) for child in module.modules()):
+            return
+        if cls.__module__.startswith("torch.") and not isinstance(module, nn.Sequential):
+            return
+        reason = _objection(module)
+        if reason is not None:
+            yield self._left(module, reason)
+        flat = None if reason is not None else _flat(module)
+        if flat is None or not flat.convolutions:
+            if flat is not None and isinstance(flat.steps[0].operation, Plain):
+                yield self._left(module, flat.steps[0].operation.reason)
+            if eligibility.barrier(module) is None:
+                for child in module.children():
+                    yield from self._visit(child)
+            return
+        self.found.append(module)
+        mode = _mode(module)
+        for step in flat.steps:
+            operation = step.operation
+            backend = backend_of(operation, mode)
+            reason = operation.reason if isinstance(operation, Plain) else None
+            name = "plain" if backend is None else backend.name
+            yield Line(self._names[module], self._step(operation), name, step.in_place, reason)
+            if isinstance(operation, Plain) and isinstance(operation.target, nn.Module):
+                yield from self._visit(operation.target)
+
+    def _left(self, module: nn.Module, reason: str | None) -> Line:
+        return Line(self._names[module], "as it is", "plain", reason=reason)
+
+    def _step(self, operation: Operation) -> str:
+        """A step in words: the first module's path, and what follows it."""
+        if isinstance(operation, Plain):
+            target = operation.target
+            if isinstance(target, nn.Module):
+                return self._names[target]
+            called = getattr(target, "target", target)
+            return str(getattr(called, "__name__", called))
+        if isinstance(operation, Convolve):
+            terms = [self._names[operation.conv], *self._last_names(operation.norm)]
+            terms += [] if operation.gate is None else ["gate"]
+            terms += [] if operation.parts is None else ["add"]
+            terms += [] if operation.act is IDENTITY else [operation.act.name]
+        elif isinstance(operation, Normalise):
+            terms = [self._names[operation.norm], *self._act(operation.act)]
+        else:
+            terms = [*self._join(operation), "add", *self._act(operation.parts.act)]
+        return "+".join(terms)
+
+    def _join(self, operation: Join) -> list[str]:
+        modules = [*([] if operation.norm is None else [operation.norm]), *operation.parts.between]
+        gate = [] if operation.parts.gate is None else ["gate"]
+        return [*(self._names[module] for module in modules), *gate]
+
+    def _last_names(self, module: nn.Module | None) -> list[str]:
+        return [] if module is None else [self._names[module].rpartition(".")[2]]
+
+    def _act(self, act: object) -> list[str]:
+        if isinstance(act, nn.Module):
+            return self._last_names(act)
+        return [] if act is IDENTITY else [getattr(act, "name", "")]
+
+
+def _objection(module: nn.Module) -> str | None:
+    barrier = eligibility.barrier(module)
+    if barrier is not None:
+        return barrier.reason
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    return swap.objection(swap.class_of(module))
+
+
+def _mode(module: nn.Module) -> Mode:
+    """What a call under the current autocast would run in, on the device where the module is."""
+    weight = next(parameter for parameter in module.parameters() if parameter.dim() == 4)
+    mode = inference.mode_of(module, weight)
+    assert isinstance(mode, Mode)  # a weight is of its own device and dtype
+    return mode
+
+
+def _flat(module: nn.Module) -> Flat | None:
+    if not any(parameter.dim() == 4 for parameter in module.parameters()):
+        return None
+    return flatten(module, _mode(module))
