@@ -136,19 +136,20 @@ class _Walk:
     def lines(self) -> Iterator[Line]:
         yield from self._visit(self._model)
 
-    def _visit(self, module: nn.Module) -> Iterator[Line]:
+    def _visit(self, module: nn.Module, told: bool = False) -> Iterator[Line]:
+        """The lines of a module; `told` says that a line has its reason already."""
         cls = swap.class_of(module)
         if not any(isinstance(child, nn.Conv2d) for child in module.modules()):
             return
         if cls.__module__.startswith("torch.") and not isinstance(module, nn.Sequential):
             return
         reason = _objection(module)
-        if reason is not None:
-            yield self._left(module, reason)
         flat = None if reason is not None else _flat(module)
         if flat is None or not flat.convolutions:
             if flat is not None and isinstance(flat.steps[0].operation, Plain):
-                yield self._left(module, flat.steps[0].operation.reason)
+                reason = flat.steps[0].operation.reason
+            if not told:
+                yield Line(self._names[module], "as it is", "plain", reason=reason)
             if eligibility.barrier(module) is None:
                 for child in module.children():
                     yield from self._visit(child)
@@ -162,10 +163,7 @@ class _Walk:
             name = "plain" if backend is None else backend.name
             yield Line(self._names[module], self._step(operation), name, step.in_place, reason)
             if isinstance(operation, Plain) and isinstance(operation.target, nn.Module):
-                yield from self._visit(operation.target)
-
-    def _left(self, module: nn.Module, reason: str | None) -> Line:
-        return Line(self._names[module], "as it is", "plain", reason=reason)
+                yield from self._visit(operation.target, told=True)
 
     def _step(self, operation: Operation) -> str:
         """A step in words: the first module's path, and what follows it."""

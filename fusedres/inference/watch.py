@@ -62,5 +62,12 @@ class Watch:
             [norm.eps for norm in self._norms],
             [of_module(act) for act in self._acts],
             [hosts_objection(root if module is None else module, hosts) for module, hosts in self._hosts],
-            [(id(t), t._version, t.data_ptr()) for tensors in self._tensors for t in tensors.values() if t is not None],
+            self._states(),
         )
+
+    def _states(self) -> list[object]:
+        held = [t for tensors in self._tensors for t in tensors.values() if t is not None]
+        try:
+            return [(id(t), t._version, t.data_ptr()) for t in held]
+        except RuntimeError:  # one made in inference mode has no version: it is never known to be unchanged
+            return [object()]
