@@ -90,15 +90,20 @@ class Residual:
     hosts: tuple[Host, ...] = ()
 
 
+def resolve(block: nn.Module, residual: Residual) -> Parts | str:
+    """The block's children as they are now, or why it would take its eager path, whatever the input."""
+    return _resolve(Reader(block), residual)
+
+
 def objection(block: nn.Module, residual: Residual) -> str | None:
     """Why the block as it is now would take its eager path, whatever the input."""
-    parts = _resolve(Reader(block), residual)
+    parts = resolve(block, residual)
     return parts if isinstance(parts, str) else None
 
 
 def run(block: nn.Module, residual: Residual, x: Tensor, eager: Callable[[Tensor], Tensor]) -> Tensor:
     """The block's output: fused, or by `eager` wherever the formula does not apply to this call."""
-    parts = _SMALL if _is_small(block, residual, x) else ambient_objection(x) or resolve(block, residual)
+    parts = _SMALL if _is_small(block, residual, x) else ambient_objection(x) or _parts(block, residual)
     if dispatch.recorder is None:
         return eager(x) if isinstance(parts, str) else execute(parts, x, of_block(block))
     with dispatch.recorder.inside(block, parts if isinstance(parts, str) else None):
@@ -155,7 +160,7 @@ def ambient_objection(x: Tensor) -> str | None:
     return None
 
 
-def resolve(block: nn.Module, residual: Residual) -> Parts | str:
+def _parts(block: nn.Module, residual: Residual) -> Parts | str:
     """The children that this call runs, or why it takes the eager path."""
     if torch.compiler.is_compiling():
         return _resolve(Reader(block), residual)

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 
-import hugging_face_layers
+import hugging_face
 import pytest
 import torch
 import torch.nn.functional as F
@@ -172,9 +172,9 @@ def test_hand_written_blocks_in_a_chain(block: Callable[[], nn.Module]) -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        lambda stride: hugging_face_layers.ResNetBasicLayer(4, 6, stride),
-        lambda stride: hugging_face_layers.ResNetBottleNeckLayer(4, 8, stride),
-        lambda stride: hugging_face_layers.ResNetConvLayer(4, 6, 3, stride),
+        lambda stride: hugging_face.modeling().ResNetBasicLayer(4, 6, stride),
+        lambda stride: hugging_face.modeling().ResNetBottleNeckLayer(4, 8, stride),
+        lambda stride: hugging_face.modeling().ResNetConvLayer(4, 6, 3, stride),
     ],
     ids=["basic", "bottleneck", "layer"],
 )

@@ -6,6 +6,7 @@ What is not provably a chain, a Sequential or a block is called as it is.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -138,7 +139,7 @@ class _Flattening:
         shortcut = [*parts.before_shortcut_norm, *([parts.shortcut_norm] if parts.shortcut_norm is not None else [])]
         residual = self._emit([part for child in shortcut for part in self._parts(child)], slot)
         between = [child for child in parts.between if not _is_idle_gate(child)]
-        parts = parts._replace(between=between)
+        parts = replace(parts, between=between)
         geometry = folding.geometry_of(last.conv, self._mode)
         if geometry is None or not isinstance(last.conv, nn.Conv2d):
             z = self._add(Plain(last.conv, _reason(last.conv)), z)
