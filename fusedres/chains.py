@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 from torch import fx, nn
 
+from fusedres.apart import is_norm, is_norm_act
 from fusedres.epilogue import IDENTITY, of_module
 from fusedres.modules import is_batch_norm
 from fusedres.residual import Host, Residual, Stage
-from fusedres.swap import Call, Runs
+from fusedres.swap import Call, Runs, children_of
 from fusedres.tracing import Trace, UnprovenError
 
 Step = str | Call
@@ -24,7 +26,7 @@ def of_sequential(sequential: nn.Sequential) -> Runs | None:
 
 def of_forward(module: nn.Module) -> Runs | None:
     """The runs in a forward that is provably a chain of children and functions; None where it isn't, or has none."""
-    if not any(child is not None and is_batch_norm(child) for child in module._modules.values()):
+    if not any(child is not None and is_norm(child) for child in module._modules.values()):
         return None
     try:
         (training, hosts), (evaluating, hosts_in_eval) = (of_calls(module, mode) for mode in (True, False))
@@ -73,25 +75,36 @@ def _runs(
 
 
 def _steps(module: nn.Module, called: Sequence[Step]) -> list[Step | Residual]:
-    """What is called, with the description of a run in place of its three children and the max-pool after them."""
+    """What is called, with the description of a run in place of its children and the max-pool after them."""
     steps: list[Step | Residual] = []
     index = 0
     while index < len(called):
-        names = [step for step in called[index : index + 3] if isinstance(step, str)]
-        if len(names) == 3 and _is_run([module._modules.get(name) for name in names]):
-            conv, norm, act = names
-            index += 3
-            pool = called[index] if index < len(called) else None
-            pools = isinstance(pool, str) and type(module._modules.get(pool)) is nn.MaxPool2d
-            steps.append(Residual((Stage(conv, norm, act, after_act=(str(pool),) if pools else ()),)))
-            index += pools
-        else:
+        names = list(takewhile(lambda step: isinstance(step, str), called[index : index + 4]))
+        run = _run(module, [str(name) for name in names])
+        if run is None:
             steps.append(called[index])
             index += 1
+        else:
+            steps.append(run)
+            index += len(children_of(run))
     return steps
 
 
-def _is_run(children: list[nn.Module | None]) -> bool:
-    conv, norm, act = children
-    activates = act is not None and of_module(act) not in (None, IDENTITY)
-    return conv is not None and norm is not None and is_batch_norm(norm) and activates
+def _run(module: nn.Module, names: list[str]) -> Residual | None:
+    """conv -> norm -> act, the act a child or the norm's own, where children begin with it; and a max-pool after it."""
+    children = [module._modules.get(name) for name in names]
+    if len(names) < 2 or children[0] is None or children[1] is None:
+        return None
+    conv, norm, *rest = names
+    hosts: tuple[Host, ...] = ()
+    if is_norm_act(children[1]):
+        hosts = (Host(norm, type(children[1]), len(children[1]._modules)),)
+        before_act, act, activation = (f"{norm}.drop",), f"{norm}.act", children[1]._modules.get("act")
+    else:
+        before_act, act, activation = (), rest[0] if rest else "", children[2] if rest else None
+        rest = rest[1:]
+    begins = is_norm_act(children[1]) or is_batch_norm(children[1])
+    if not begins or activation is None or of_module(activation) in (None, IDENTITY):
+        return None
+    pools = bool(rest) and type(module._modules.get(rest[0])) is nn.MaxPool2d
+    return Residual((Stage(conv, norm, act, before_act, tuple(rest[:pools])),), hosts=hosts)

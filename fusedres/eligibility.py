@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fusedres import swap
-from fusedres.modules import is_batch_norm, is_hooked
+from fusedres.apart import is_norm
+from fusedres.modules import is_hooked
 from fusedres.report import Code, Objection
 from fusedres.residual import Residual
 from fusedres.residual import objection as residual_objection
@@ -102,7 +103,7 @@ def _call(block: nn.Module, description: Description) -> Objection | None:
         if reason is None:
             continue
         children = dict(block.named_modules(remove_duplicate=False))
-        if any(stage.norm in children and not is_batch_norm(children[stage.norm]) for stage in residual.stages):
+        if any(stage.norm in children and not is_norm(children[stage.norm]) for stage in residual.stages):
             return Objection(Code.NORM, reason)
         if any(is_hooked(module) for module in block.modules() if module is not block):
             return Objection(Code.HOOKS, reason)

@@ -6,12 +6,13 @@ Nothing here imports a framework. What no row names is described by `proof.prove
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
 from fusedres import chains
-from fusedres.modules import is_batch_norm
+from fusedres.apart import is_norm, is_norm_act
 from fusedres.proof import prove
 from fusedres.report import Code, Objection
 from fusedres.residual import Host, Residual, Stage
@@ -65,6 +66,25 @@ _TIMM_BOTTLENECK = Residual(
 _QUANTIZABLE = _unsupported("it is built to be quantized, with its additions as modules", Code.QUANTIZED)
 
 
+def _timm_block(residual: Residual, block: nn.Module) -> Residual:
+    """`residual`, with the activations that norms hold (norm_layer=BatchNormAct2d) beside the block's own."""
+    stages, between, hosts = [], residual.between, []
+    for stage in residual.stages:
+        norm = block.get_submodule(stage.norm)
+        if is_norm_act(norm):
+            hosts.append(_host(block, stage.norm))
+            held = drop, act = f"{stage.norm}.drop", f"{stage.norm}.act"
+            if stage.act is None:
+                between = (*held, *between)
+            elif isinstance(block.get_submodule(act), nn.Identity):
+                stage = replace(stage, before_act=(*held, *stage.before_act))
+            else:
+                after_act = (*stage.before_act, str(stage.act), *stage.after_act)
+                stage = Stage(stage.conv, stage.norm, act, (drop,), after_act)
+        stages.append(stage)
+    return replace(residual, stages=tuple(stages), between=between, hosts=tuple(hosts)) if hosts else residual
+
+
 def _hugging_face_layer(block: nn.Module) -> Residual:
     """layer: a Sequential of conv layers, the last without activation; shortcut: one more, or Identity."""
     layer = block.get_submodule("layer")
@@ -113,8 +133,8 @@ FAMILIES: dict[str, Family] = {
     "torchvision.models.resnet.Bottleneck": Family("torchvision", _always(_TORCHVISION_BOTTLENECK)),
     "torchvision.models.quantization.resnet.QuantizableBasicBlock": Family("torchvision", _QUANTIZABLE),
     "torchvision.models.quantization.resnet.QuantizableBottleneck": Family("torchvision", _QUANTIZABLE),
-    "timm.models.resnet.BasicBlock": Family("timm", _always(_TIMM_BASIC)),
-    "timm.models.resnet.Bottleneck": Family("timm", _always(_TIMM_BOTTLENECK)),
+    "timm.models.resnet.BasicBlock": Family("timm", partial(_timm_block, _TIMM_BASIC)),
+    "timm.models.resnet.Bottleneck": Family("timm", partial(_timm_block, _TIMM_BOTTLENECK)),
     **{f"timm.models.{name}": Family("timm", _unsupported(reason)) for name, reason in _TIMM_LATER.items()},
     f"{_HUGGING_FACE}ResNetBasicLayer": Family("transformers", _hugging_face_layer),
     f"{_HUGGING_FACE}ResNetBottleNeckLayer": Family("transformers", _hugging_face_layer),
@@ -172,7 +192,7 @@ def find(module: nn.Module) -> Finding | None:
     if isinstance(module, nn.Sequential):
         runs = chains.of_sequential(module) if cls.forward is nn.Sequential.forward else None
         return None if runs is None else Finding("sequential", runs)
-    if cls.__module__.startswith("torch.") or is_batch_norm(module):
+    if cls.__module__.startswith("torch.") or is_norm(module):
         return None
     description = prove(module) if _may_be_block(module) else None
     if isinstance(description, Residual) or (description is not None and _looks_residual(module)):
@@ -193,7 +213,7 @@ def _may_be_block(module: nn.Module) -> bool:
     """Whether it's as small as a block: with a few batch norms."""
     norms = 0
     for child in module.modules():
-        norms += is_batch_norm(child)
+        norms += is_norm(child)
         if norms > _MOST_NORMS:
             return False
     return norms > 0
@@ -207,4 +227,4 @@ def _looks_residual(module: nn.Module) -> bool:
 
 
 def _is_norm_layer(module: nn.Module) -> bool:
-    return is_batch_norm(module) or isinstance(module, nn.modules.batchnorm._NormBase)
+    return is_norm(module) or isinstance(module, nn.modules.batchnorm._NormBase)

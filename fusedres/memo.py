@@ -84,6 +84,10 @@ class Memo:
         for holder, children in self._sequences:
             if [*holder._modules.values()] != children:
                 return False
+        for module, name, before in self._settings:
+            value = getattr(module, name, MISSING)
+            if value is not before and not is_same(value, before):
+                return False
         for module in self._modules:  # is_hooked
             state = module.__dict__
             if (
@@ -94,9 +98,7 @@ class Memo:
                 or "forward" in state
             ):
                 return False
-        return not self._settings or all(
-            is_same(getattr(module, name, MISSING), value) for module, name, value in self._settings
-        )
+        return True
 
 
 def is_same(value: object, before: object) -> bool:

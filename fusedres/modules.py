@@ -31,6 +31,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 def _is_frozen(cls: type) -> bool:
     return cls.__name__ == "FrozenBatchNorm2d" and cls.__module__ in (
+        "fusedres.apart",
         "torchvision.ops.misc",
         "detectron2.layers.batch_norm",
     )

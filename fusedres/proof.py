@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fusedres.apart import is_norm
 from fusedres.epilogue import CATALOGUE, IDENTITY, Activation, find, of_module
-from fusedres.modules import is_batch_norm
 from fusedres.report import Code, Objection
 from fusedres.residual import Host, Residual, Stage
-from fusedres.tracing import Trace, UnprovenError
+from fusedres.tracing import GIVEN, Trace, UnprovenError
 
 
 def prove(block: nn.Module) -> Residual | Objection:
@@ -74,7 +74,7 @@ class _Step:
 
     @property
     def is_norm(self) -> bool:
-        return self.module is not None and is_batch_norm(self.module)
+        return self.module is not None and is_norm(self.module)
 
     @property
     def is_activation(self) -> bool:
@@ -92,6 +92,7 @@ class _Match:
         self._nodes = list(trace.graph.nodes)
         self._input = self._nodes[0]
         self._matched = {self._input}
+        self._convolutions: dict[str, fx.Node] = {}  # calls of `F.conv2d`, by the module whose convolution they are
 
     def residual(self) -> Residual:
         output = self._nodes[-1]
@@ -158,6 +159,8 @@ class _Match:
     def _step(self, node: fx.Node) -> tuple[_Step, fx.Node]:
         if _calls(node, _PRODUCTS, 2):
             return self._gate(node)
+        if _calls(node, (F.conv2d,), 7):
+            return self._convolution(node)
         operand = node.args[0] if len(node.args) == 1 else None
         if isinstance(operand, fx.Node):
             if node.op == "call_module" and not node.kwargs:
@@ -168,6 +171,20 @@ class _Match:
                 if function is not None:
                     return _Step(node, function=function), operand
         raise UnprovenError(f"{_name(node)} is no part of the formula")
+
+    def _convolution(self, node: fx.Node) -> tuple[_Step, fx.Node]:
+        """`F.conv2d` of everything that one convolution has: the convolution, without what else its forward does."""
+        operand, weight, bias, *geometry = node.args
+        if isinstance(operand, fx.Node) and isinstance(weight, fx.Node) and weight.op == "get_attr":
+            path = str(weight.target).removesuffix(".weight")
+            conv = self._block.get_submodule(path) if path != weight.target else None
+            if isinstance(conv, nn.Conv2d) and geometry == [getattr(conv, name) for name in _GEOMETRY]:
+                named = bias.target == f"{path}.bias" if isinstance(bias, fx.Node) else bias is conv.bias
+                if named and conv.padding_mode == "zeros":
+                    self._matched.update(parameter for parameter in (weight, bias) if isinstance(parameter, fx.Node))
+                    self._convolutions[path] = node
+                    return _Step(node, path, conv), operand
+        raise UnprovenError(f"{_name(node)} is not of the parameters and settings of one convolution")
 
     def _gate(self, node: fx.Node) -> tuple[_Step, fx.Node]:
         for gate, operand in (node.args, node.args[::-1]):
@@ -205,11 +222,25 @@ class _Match:
                 hosts[path] = Host(path, type(module), len(module._modules), settings)
             elif settings:
                 hosts[path] = Host(path, attributes=settings)
+        for path, node in self._convolutions.items():
+            conv = self._block.get_submodule(path)
+            settings = dict(hosts[path].attributes) if path in hosts else {}
+            settings.pop("bias", None)  # None, and matched
+            for name, given in zip(_GEOMETRY, node.meta[GIVEN][3:], strict=True):
+                if name in settings and given is settings[name]:
+                    del settings[name]  # handed on as it is, as the convolution itself does
+                else:
+                    settings[name] = getattr(conv, name)
+            settings["padding_mode"] = conv.padding_mode
+            hosts[path] = Host(path, type(conv), len(conv._modules), tuple(settings.items()))
         if isinstance(residual.shortcut, str) and residual.shortcut:
             shortcut = self._block.get_submodule(residual.shortcut)
             if type(shortcut) is nn.Sequential:  # what is appended to it has not been proven
                 hosts[residual.shortcut] = Host(residual.shortcut, nn.Sequential, len(shortcut._modules))
         return tuple(hosts.values())
+
+
+_GEOMETRY = ("stride", "padding", "dilation", "groups")  # what `F.conv2d` takes after the parameters
 
 
 def _is_empty(module: nn.Module | None) -> bool:

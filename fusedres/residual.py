@@ -9,8 +9,8 @@ and `run` has `fusedres.executor` compute it. Wherever the formula does not appl
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from fusedres import dispatch
+from fusedres.apart import alone
 from fusedres.epilogue import IDENTITY, Activation, of_module, settings_of
 from fusedres.executor import Parts, Span, execute
 from fusedres.memo import MISSING, Reader, is_same, recall, remember
@@ -76,7 +77,8 @@ class Residual:
             number (LayerScale, an Euler step).
         act: the activation after the addition.
         adds_in_place: whether the sum has the branch's dtype and shape (`out += x`), or is promoted and broadcast.
-        hosts: the modules that are passed over, wherever a path has a dot and is not in an nn.Sequential projection.
+        hosts: the modules that are passed over, wherever a path has a dot and is not in an nn.Sequential projection. A
+            convolution or norm among them, which holds what follows it, does its own operation only (`apart`).
 
     >>> basic = Residual((Stage("conv1", "bn1", "relu"), Stage("conv2", "bn2")), shortcut="downsample", act="relu")
     """
@@ -88,6 +90,12 @@ class Residual:
     act: str | Activation | None = None
     adds_in_place: bool = True
     hosts: tuple[Host, ...] = ()
+    apart: Set[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        called = {path for stage in self.stages for path in (stage.conv, stage.norm)}
+        called.update(self.shortcut if isinstance(self.shortcut, tuple) else ())
+        object.__setattr__(self, "apart", called & {host.path for host in self.hosts})
 
 
 def resolve(block: nn.Module, residual: Residual) -> Parts | str:
@@ -157,12 +165,14 @@ def ambient_objection(x: Tensor) -> str | None:
         return "torch.jit.trace is running"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
-    return None
+    return "the input is empty" if x.numel() == 0 else None
 
 
 def _parts(block: nn.Module, residual: Residual) -> Parts | str:
     """The children that this call runs, or why it takes the eager path."""
     if torch.compiler.is_compiling():
+        if residual.apart:
+            return "torch.compile takes the forward of a module that holds its norm or activation as it is written"
         return _resolve(Reader(block), residual)
     parts = recall(block, residual)
     if parts is None:
@@ -179,7 +189,7 @@ def _resolve(reader: Reader, residual: Residual) -> Parts | str:
         return reason
     spans = []
     for stage in residual.stages:
-        conv, norm = reader.child(stage.conv), reader.child(stage.norm)
+        conv, norm = _own(reader, residual, stage.conv), _own(reader, residual, stage.norm)
         if conv is None:
             return f"it has no child {stage.conv!r}"
         reason = norm_objection(stage.norm, norm)
@@ -193,7 +203,7 @@ def _resolve(reader: Reader, residual: Residual) -> Parts | str:
     act = _activation(reader, residual.act)
     if isinstance(act, str):
         return act
-    projection = _projection(reader, residual.shortcut)
+    projection = _projection(reader, residual)
     if isinstance(projection, str):
         return projection
     before_norm, shortcut_norm = projection
@@ -241,10 +251,15 @@ def _activation(reader: Reader, act: str | Activation | None) -> nn.Module | Act
     return of_module(child) or child
 
 
-def _projection(
-    reader: Reader, shortcut: str | tuple[str, ...] | None
-) -> tuple[list[nn.Module], nn.Module | None] | str:
+def _own(reader: Reader, residual: Residual, path: str) -> nn.Module | None:
+    """A child; without what it holds, where the description names that too."""
+    child = reader.child(path)
+    return alone(child) if child is not None and path in residual.apart else child
+
+
+def _projection(reader: Reader, residual: Residual) -> tuple[list[nn.Module], nn.Module | None] | str:
     """The shortcut's modules in order, a last one that is a norm apart; both are empty for the identity."""
+    shortcut = residual.shortcut
     if not shortcut:
         return [], None
     if isinstance(shortcut, str):
@@ -258,7 +273,7 @@ def _projection(
         children = reader.children(whole)
         last = f"{shortcut}.{len(children) - 1}"
     else:
-        found = [reader.child(path) for path in shortcut]
+        found = [_own(reader, residual, path) for path in shortcut]
         children = [child for child in found if child is not None]
         if len(children) < len(found):
             return f"it has not all of {', '.join(shortcut)}"

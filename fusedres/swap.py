@@ -222,10 +222,15 @@ def _run_steps(module: nn.Module, steps: tuple[str | Call | Residual, ...], x: T
 
 
 def _run_children(module: nn.Module, residual: Residual, x: Tensor) -> Tensor:
-    for stage in residual.stages:
-        for name in (stage.conv, stage.norm, str(stage.act), *stage.after_act):
-            x = module._modules[name](x)  # pyright: ignore[reportOptionalCall]
+    for name in children_of(residual):
+        x = module._modules[name](x)  # pyright: ignore[reportOptionalCall]
     return x
+
+
+def children_of(run: Residual) -> list[str]:
+    """The children that a run stands for; what one of them holds is called by it."""
+    paths = [path for stage in run.stages for path in (stage.conv, stage.norm, str(stage.act), *stage.after_act)]
+    return [path for path in paths if "." not in path]
 
 
 def _runs_forward(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fusedres import swap
+from fusedres.apart import is_norm, is_norm_act
 from fusedres.modules import is_batch_norm
 
 
@@ -85,16 +86,43 @@ class _Tracer(fx.Tracer):
             return m.forward(*args, **kwargs)
         if not self._enters or _is_leaf(m):
             return self.create_proxy("call_module", path, args, kwargs)
+        if is_norm_act(m):
+            self.enter(path, m)
+            return self._norm_then_act(path, m, args, kwargs)
         return self.enter(path, m).forward(*args, **kwargs)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        proxy.node.meta[GIVEN] = args  # the very objects, of which the node keeps copies
+        return proxy
+
+    def _norm_then_act(self, path: str, m: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What the forward does, whose own arithmetic on buffers is no formula to match: norm, drop, act."""
+        y: Any = self.create_proxy("call_module", path, args, kwargs)
+        for child in (m._modules.get("drop"), m._modules.get("act")):
+            y = y if child is None else child(y)
+        return y
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """`x.numel() == 0`: no, because a call with an empty tensor takes the eager path."""
+        node = obj.node
+        if node.target is operator.eq and isinstance(node.args[0], fx.Node) and node.args[1] == 0:
+            size = node.args[0]
+            if size.op == "call_method" and size.target == "numel" and len(size.users) == 1:
+                for asked in (node, size):
+                    self.graph.erase_node(asked)
+                return False
+        return super().to_bool(obj)
 
 
 def _is_leaf(module: nn.Module) -> bool:
     if is_batch_norm(module):
         return True
     standard = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
-    return standard or not any(map(is_batch_norm, module.modules()))
+    return standard or not any(map(is_norm, module.modules()))
 
 
+GIVEN = "given"
 _READS = "_attributes_read"
 _INTERNALS = frozenset(vars(nn.Module())) | {"__dict__", "__class__", _READS}
 

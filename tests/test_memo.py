@@ -83,6 +83,10 @@ def double(module, arguments, y):
     return 2 * y
 
 
+def double_gradients(module, gradients, *outputs):
+    return tuple(2 * gradient for gradient in gradients)
+
+
 def replace_hooks(block):
     """Not through `register_forward_hook`, and in a dictionary of its own."""
     block.bn1._forward_hooks = OrderedDict({0: double})
@@ -133,6 +137,7 @@ def dilate(block):
 # how to change a block, and the path that it takes then
 CHANGES = {
     "norm hook": (lambda block: block.bn1.register_forward_hook(double), "eager"),
+    "norm pre hook": (lambda block: block.bn1.register_forward_pre_hook(lambda module, args: (2 * args[0],)), "eager"),
     "hooks replaced": (replace_hooks, "eager"),
     "act patched": (patch_act, "eager"),
     "class replaced": (replace_class, "eager"),
@@ -142,6 +147,11 @@ CHANGES = {
     "dilation": (dilate, "fused"),
     "frozen norm": (lambda block: block.bn2.eval(), "fused"),
     "projection hook": (lambda block: block.downsample.register_forward_hook(double), "eager"),
+    "projection backward hook": (lambda block: block.downsample.register_full_backward_hook(double_gradients), "eager"),
+    "projection backward pre hook": (
+        lambda block: block.downsample.register_full_backward_pre_hook(double_gradients),
+        "eager",
+    ),
     "projection norm hook": (lambda block: block.downsample[1].register_forward_hook(double), "eager"),
     "projection grows": (lambda block: block.downsample.append(nn.Tanh()), "fused"),
     "projection reordered": (reorder_projection, "fused"),
@@ -183,6 +193,17 @@ def test_a_setting_changed_between_two_calls_is_seen(build, change, path, kernel
     for network in (block, eager):
         change(network)
     assert_matches_eager(block, eager, sample(), path=path)
+
+
+def test_a_count_of_children_is_watched():
+    block = nn.Module()
+    block.held = nn.Sequential()
+    reader = memo.Reader(block)
+    assert reader.count(block.held) == 0
+    memo.remember("answer", "key", reader)
+    assert memo.recall(block, "key") == "answer"
+    block.held.append(nn.ReLU())
+    assert memo.recall(block, "key") is None
 
 
 def test_a_missing_gate_is_eagers_error():

@@ -30,7 +30,7 @@ LAYERS = (
     {"executor"},
     {"segment"},
     {"synchronised"},
-    {"gates", "memo", "memory", "modules", "ops"},
+    {"apart", "gates", "memo", "memory", "modules", "ops"},
     {"dispatch"},
     {"backends"},
     {"host"},
