@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import fusedres
+from fusedres.report import Row
 from fusedres.testing import import_torchvision
 
 torchvision = import_torchvision()
@@ -41,13 +42,18 @@ class Network:
     reasons: tuple[tuple[str, int], ...]
 
 
+def is_block(row: Row) -> bool:
+    """Whether a row is about a residual block: one that is fused adds."""
+    return row.family not in RUNS and (row.status == "skipped" or "add" in row.fused[-1].split("+"))
+
+
 def examine(library: str, name: str) -> Network:
     if library == "torchvision":
         model = torchvision.models.get_model(name, weights=None)
     else:
         model = timm.create_model(name)
     report = fusedres.fuse(model)
-    blocks = [row for row in report.rows if row.family not in RUNS]
+    blocks = [row for row in report.rows if is_block(row)]
     fused = [row for row in blocks if row.status == "fused"]
     reasons = Counter(row.what for row in blocks if row.status == "skipped")
     source = type(model).__module__

@@ -107,20 +107,12 @@ def _host(block: nn.Module, path: str) -> Host:
     return Host(path, type(module), len(module._modules))
 
 
-_NORM_ACT = "its norms hold their activations (BatchNormAct2d), which can't be taken apart yet"
 _PRE_ACTIVATION = "it normalises before its convolutions, which the formula doesn't cover yet"
 _SENET = "it belongs to timm's legacy senet.py; the same networks in timm's resnet.py are fused"
 _TIMM_LATER = {
-    "byobnet.BasicBlock": _NORM_ACT,
-    "byobnet.BottleneckBlock": _NORM_ACT,
-    "byobnet.DarkBlock": _NORM_ACT,
-    "byobnet.EdgeBlock": _NORM_ACT,
-    "byobnet.SelfAttnBlock": _NORM_ACT,
-    "regnet.Bottleneck": _NORM_ACT,
     "regnet.PreBottleneck": _PRE_ACTIVATION,
     "res2net.Bottle2neck": "its middle convolutions are chained over splits of the channels",
     "resnest.ResNestBottleneck": "its middle convolution is a split attention",
-    "resnetv2.Bottleneck": _NORM_ACT,
     "resnetv2.PreActBasic": _PRE_ACTIVATION,
     "resnetv2.PreActBottleneck": _PRE_ACTIVATION,
     "senet.Bottleneck": _SENET,

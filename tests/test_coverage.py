@@ -20,9 +20,19 @@ TIMM = [
 ]
 SAMPLE = {
     "torchvision": ("resnet18", "resnext50_32x4d"),
-    "timm": ("resnet10t", "resnet26d", "resnetblur18", "seresnet18", "ecaresnet26t", "resnetv2_18", "gcresnet33ts"),
+    "timm": (
+        "resnet10t",
+        "resnet26d",
+        "resnetblur18",
+        "seresnet18",
+        "ecaresnet26t",
+        "resnetv2_18",
+        "gcresnet33ts",
+        "regnety_002",
+    ),
 }
-NAMES = [("torchvision", name) for name in TORCHVISION] + [("timm", name) for name in TIMM]
+OTHERS = ("regnetx_002", "regnety_002", "gernet_s", "darknet53")  # proven by their forwards
+NAMES = [("torchvision", name) for name in TORCHVISION] + [("timm", name) for name in (*TIMM, *OTHERS)]
 LARGE = 120_000_000
 
 

@@ -201,10 +201,8 @@ LATER = {
     "resnetv2_18": Code.UNSUPPORTED,
     "resnet50_gn": Code.NORM,
     "resnest14d": Code.UNSUPPORTED,
-    "regnetx_002": Code.UNSUPPORTED,
     "res2net50_14w_8s": Code.UNSUPPORTED,
     "legacy_seresnet18": Code.UNSUPPORTED,
-    "resnet32ts": Code.UNSUPPORTED,
 }
 
 
@@ -214,6 +212,12 @@ def test_families_for_later_are_skipped_with_a_reason(name, code):
     report = fusedres.fuse(model)
     assert report.skipped and {row.code for row in report.skipped} == {code}
     assert all(row.reason for row in report.skipped)
+
+
+@pytest.mark.parametrize("name, blocks", [("resnet32ts", 13), ("regnetx_002", 14), ("regnety_002", 14)])
+def test_other_families_of_timm_are_proven_by_their_forwards(name, blocks):
+    report = fusedres.fuse(timm.create_model(name, num_classes=2), strict=True)
+    assert len(report.fused) == blocks and {row.family for row in report.rows} == {"by its forward"}
 
 
 def test_a_registered_family_is_described_by_its_function():
