@@ -50,9 +50,14 @@ def fuse(
         raise RuntimeError(
             f"strict=True, but {len(report.skipped)} blocks can't be fused (skip= excludes them):\n{reasons}"
         )
-    for plan in plans:
-        if plan.description is not None and plan.row.status == "fused":
-            swap.swap(plan.module, plan.description, plan.row.family)
+    fused = [(plan, plan.description) for plan in plans if plan.description is not None and plan.row.status == "fused"]
+    try:
+        for plan, description in fused:
+            swap.swap(plan.module, description, plan.row.family)
+    except BaseException:
+        for plan, _ in fused:
+            swap.restore(plan.module)
+        raise
     return report
 
 

@@ -239,3 +239,16 @@ def test_nothing_below_an_error_is_changed(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         fusedres.fuse(model)
     assert not any(isinstance(module, Fused) for module in model.modules())
+
+
+def test_an_error_while_classes_change_changes_none():
+    class Guarded(Cifar):
+        def __setattr__(self, name, value):
+            if name == "__class__":
+                raise RuntimeError("hands off")
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(Cifar(), Guarded())
+    with pytest.raises(RuntimeError, match="hands off"):
+        fusedres.fuse(model)
+    assert [type(module) for module in model] == [Cifar, Guarded]

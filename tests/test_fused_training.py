@@ -236,3 +236,19 @@ def test_disabled_runs_the_original_forward(monkeypatch):
     monkeypatch.setattr(dispatch, "disabled", True)
     x, _ = images()
     assert_matches_eager(fused, eager, x, path="eager")
+
+
+def test_feature_extractors_of_a_fused_network_see_the_same():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    traced = resnet.resnet18(num_classes=3).double().eval()
+    listed = pytest.importorskip("timm").create_model("resnet10t", features_only=True).double().eval()
+
+    def features():
+        return create_feature_extractor(traced, ["layer1", "layer3.0.relu"])(x), listed(x)
+
+    before = features()
+    for model in (traced, listed):
+        assert fusedres.fuse(model, strict=True).fused
+    torch.testing.assert_close(features(), before)
