@@ -5,8 +5,8 @@
     python benchmarks/gpu.py --out dry --device cpu --tiny      the same code in small, where there is no GPU
 
 It runs from a checkout, nothing installed. Each stage is a process of its own, stopped when its time is up;
-it writes OUT/<stage>.json as it goes, so whatever ends it, what was measured by then is kept. The settings of
-the device are only read.
+it writes OUT/<stage>.json as it goes, so whatever ends it, what was measured by then is kept. At the end those
+of one subject are joined, into eight files or fewer. The settings of the device are only read.
 """
 
 from __future__ import annotations
@@ -68,6 +68,13 @@ STAGES = {
     "baseline-infer": Stage(baseline.infer, baseline.summary),
     "profile": Stage(profile.step_profile, profile.summary),
 }
+# What stands in one file; any other stage has its own.
+JOINED = {
+    "machine": ("env", "ceilings"),
+    "correctness": ("suite", "sanitizers", "kernels"),
+    "kernel-times": ("ops", "backends"),
+    "models": ("baseline-train-resnet50", "baseline-train-resnet18", "baseline-infer"),
+}
 
 
 def main() -> int:
@@ -86,7 +93,9 @@ def main() -> int:
         statuses[name] = conduct(name, seconds, options)
         if statuses[name] == INTERRUPTED:
             break
-    print("\n".join(summarize(statuses, options)))
+    summary = "\n".join(summarize(statuses, options))
+    join(options.out)
+    print(summary)
     if INTERRUPTED in statuses.values():
         return 130
     return int(any(status in (FAILED, OUT_OF_TIME) for status in statuses.values()))
@@ -177,6 +186,20 @@ def command_line(name: str, options: argparse.Namespace) -> str:
     """What repeats a stage from the root of any checkout."""
     words = ["python benchmarks/gpu.py --out OUT", f"--device {options.device}", f"--stage {name}"]
     return " ".join(words + ["--tiny"] * options.tiny)
+
+
+def join(out: Path) -> None:
+    """Put the stages' reports of one subject into one file, beside those of earlier runs."""
+    for subject, stages in JOINED.items():
+        reports = [out / f"{name}.json" for name in stages]
+        found = {path.stem: json.loads(path.read_text()) for path in reports if path.exists()}
+        if not found:
+            continue
+        path = out / f"{subject}.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        Report(path, **{**before, **found})
+        for report in reports:
+            report.unlink(missing_ok=True)
 
 
 def summarize(statuses: dict[str, str], options: argparse.Namespace) -> Iterator[str]:
