@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -25,12 +26,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fusedres.backends.triton import affine_act, bn_act, configurations, launch
+from fusedres.backends import Window
+from fusedres.backends.triton import affine_act, bn_act, bn_act_pool, configurations, launch
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 CAPABILITIES = tuple(configurations.ARCHITECTURES)
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 REGISTERS = 65536  # of a processor
+STEM_WINDOW = Window((3, 3), (2, 2), (1, 1))
 SHARED_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 
 
@@ -46,11 +49,16 @@ class Form:
     act: int = 1
     source: int = 1
     gate: tuple[int, int] | None = None  # whether it differs between images, between channels
+    window: Window = STEM_WINDOW  # of bn_act_pool
 
     @property
     def aligned(self) -> bool:
-        """Whether rows are whole vectors."""
-        return self.shape[1] % 16 == 0
+        """Whether rows are whole vectors of 16-bit elements."""
+        return (self.shape[1] if self.channels_last else math.prod(self.shape[2:])) % 8 == 0
+
+    @property
+    def pools(self) -> bool:
+        return self.op == "bn_act_pool"
 
     @property
     def keeps_mask(self) -> bool:
@@ -60,6 +68,7 @@ class Form:
 INTERIOR = Form("interior")
 BLOCK_END = Form("block end", residual="plain")
 PROJECTION = Form("projection", residual="projection")
+STEM = Form("stem", op="bn_act_pool", shape=(256, 64, 112, 112))
 FORMS = (
     INTERIOR,
     BLOCK_END,
@@ -70,6 +79,12 @@ FORMS = (
     Form("silu", act=4, residual="plain"),
     Form("gelu", act=5),
     Form("affine", op="affine_act", residual="plain"),
+    STEM,
+    Form("contiguous stem", op="bn_act_pool", shape=(256, 64, 112, 112), channels_last=False),
+    Form("eval stem", op="bn_act_pool", shape=(256, 64, 112, 112), source=2),
+    Form("stem of large windows", op="bn_act_pool", shape=(8, 64, 56, 56), window=Window((15, 17), (1, 1), (3, 8))),
+    Form("rows of 8", shape=(8, 24, 9, 9), residual="projection"),
+    Form("planes of 14 x 14", shape=(256, 1024, 14, 14), residual="plain", channels_last=False),
     Form("odd channels", shape=(8, 35, 9, 9), residual="projection"),
     Form("odd planes", shape=(8, 35, 9, 9), residual="projection", channels_last=False),
 )
@@ -79,7 +94,7 @@ SMALL = (  # Triton takes an integer that is 1 for a constant
     Form("one tile", shape=(2, 3, 7, 5), residual="projection", gate=(0, 1)),
     Form("one image", shape=(1, 16, 2, 2), act=4),
 )
-TRAINED = (INTERIOR, BLOCK_END, PROJECTION)
+TRAINED = (INTERIOR, BLOCK_END, PROJECTION, STEM)
 
 
 class Driver:
@@ -166,6 +181,12 @@ def call(form: Form, dtype: torch.dtype) -> None:
     gate = None
     if form.gate is not None:
         gate = torch.empty((n if form.gate[0] else 1, c if form.gate[1] else 1, 1, 1), dtype=dtype, device="meta")
+    if form.pools:
+        branch, window = channels(4), form.window
+        y, stats, choice = bn_act_pool.bn_act_pool_forward(x, *branch, form.source, 0.1, 1e-5, *window, form.act, True)
+        saved = torch.empty_like(y), choice, x, branch[0], stats
+        bn_act_pool.bn_act_pool_backward(*saved, form.source, *window, [True] * 3)
+        return
     smooth = form.act > 3
     needs = [True] * 3 + [r is not None] + [projects] * 2 + [gate is not None]
     if form.op == "affine_act":
@@ -188,9 +209,11 @@ def compiled(form: Form, dtype: torch.dtype, capability: int) -> list[Compiled]:
     """Every kernel that the form launches, in order, those of equal code once."""
     rows: dict[bytes, Compiled] = {}
     passes = {kind.name: kind for kind in configurations.PASSES}
+    pooled = "pool_" if form.pools else ""
 
     def found(kernel: Any, code: Any, warps: int) -> None:
-        kind = passes.get(kernel.__name__.removesuffix("_parts"))
+        name = kernel.__name__.removesuffix("_parts")
+        kind = passes.get(pooled + name, passes.get(name))
         planned = 0 if kind is None else configurations.default(kind, capability, dtype.itemsize).programs
         cubin = code.asm["cubin"]
         rows[cubin] = Compiled(kernel.__name__, form, dtype, capability, warps, planned, usage(cubin))
@@ -231,7 +254,8 @@ def matrix() -> Iterator[tuple[Form, torch.dtype, int]]:
     yield from ((form, bf16, capability) for form, capability in itertools.product(TRAINED, CAPABILITIES))
     yield from ((form, bf16, 90) for form in FORMS if form not in TRAINED)
     yield from ((form, bf16, 90) for form in SMALL)
-    yield from ((PROJECTION, dtype, 90) for dtype in (torch.float32, torch.float16, torch.float64))
+    dtypes = torch.float32, torch.float16, torch.float64
+    yield from ((form, dtype, 90) for form, dtype in itertools.product((PROJECTION, STEM), dtypes))
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -271,7 +295,7 @@ def document() -> Iterator[str]:
         "the Triton backend, for tensors whose pointers are aligned. Nothing here was timed. Programs are those that a "
         "processor's registers and shared memory hold, and those that the configuration counts on. Loads and stores "
         "are instructions on global memory, the wide ones of 128 bits: all on tensors whose rows are whole vectors; "
-        "masks, partial sums and what is per channel may be narrower."
+        "masks, a pool's choices, partial sums and what is per channel may be narrower."
     )
     groups: dict[tuple[Form, torch.dtype], list[Compiled]] = {}
     for form, dtype, capability in matrix():

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fusedres.backends import Statistics
+from fusedres.backends import Statistics, Window
 
 if TYPE_CHECKING:
-    from fusedres.backends.triton.configurations import Config
+    from fusedres.backends.triton.configurations import Config, Pass
 
 # (N, C, H, W) of the norms of a ResNet-50 at batch 256.
 SHAPES = tuple(
@@ -32,12 +32,15 @@ SHAPES = tuple(
     }.items()
     for channels in widths
 )
+STEMS = ((256, 64, 112, 112),)
+STEM_WINDOW = Window((3, 3), (2, 2), (1, 1))
 Call = Callable[[], object]
 
 
 def tune(
     shapes: Sequence[tuple[int, ...]] = SHAPES,
     *,
+    stems: Sequence[tuple[int, ...]] = STEMS,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
     memory_format: torch.memory_format = torch.channels_last,
     device: torch.device | str = "cuda",
@@ -47,20 +50,23 @@ def tune(
 
     Args:
         shapes: (N, C, H, W); what is found for one serves others with its channels and about its pixels.
+        stems: the same, of norms that a 3x3 max-pool of stride 2 follows.
         progress: called with the timings done and the timings in all.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tuning times its launches, which a CUDA graph's capture can't; tune before the capture")
     from fusedres.backends.triton import launch, tuned
-    from fusedres.backends.triton.configurations import PASSES
+    from fusedres.backends.triton.configurations import BLOCK_PASSES, POOL_PASSES
     from fusedres.backends.triton.view import View
 
     device = torch.device(device)
-    total = len(shapes) * len(dtypes) * sum(len(kind.configs) for kind in PASSES)
+    work = [(shape, BLOCK_PASSES, _block_calls) for shape in shapes]
+    work += [(shape, POOL_PASSES, _stem_calls) for shape in stems]
+    total = len(dtypes) * sum(len(kind.configs) for _, kinds, _ in work for kind in kinds)
     done, found = 0, {}
-    for shape, dtype in product(shapes, dtypes):
-        calls = _calls(shape, dtype, memory_format, device)
-        for kind in PASSES:
+    for (shape, kinds, calls_of), dtype in product(work, dtypes):
+        calls = calls_of(shape, dtype, memory_format, device)
+        for kind in kinds:
             times: dict[Config, float] = {}
             for config in kind.configs:
                 with launch.forced(kind, config):
@@ -68,9 +74,16 @@ def tune(
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=memory_format)
-            found[tuned.key(kind, View.of(x).merged(), dtype)] = min(times, key=times.__getitem__)
-    return tuned.save(launch.device_of(device).name, found)
+            walked = torch.empty(_walked(kind, shape), device="meta").contiguous(memory_format=memory_format)
+            found[tuned.key(kind, View.of(walked).merged(), dtype)] = min(times, key=times.__getitem__)
+    path = tuned.save(launch.device_of(device).name, found)
+    launch.forget_plans()
+    return path
+
+
+def _walked(kind: Pass, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what a pass walks."""
+    return (*shape[:2], *STEM_WINDOW.output_size(*shape[2:])) if kind.name == "pool_apply" else shape
 
 
 def time_ms(calls: Sequence[Call], device: torch.device, *, rounds: int = 20) -> float:
@@ -90,7 +103,7 @@ def time_ms(calls: Sequence[Call], device: torch.device, *, rounds: int = 20) ->
     return median(samples)
 
 
-def _calls(
+def _block_calls(
     shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device
 ) -> Mapping[str, Sequence[Call]]:
     """By pass: calls of the op that runs it, a block's end in training, over more buffers than the cache holds."""
@@ -98,6 +111,16 @@ def _calls(
     pairs = [_forward_and_backward(shape, dtype, memory_format, device) for _ in range(sets)]
     forward, backward = zip(*pairs, strict=True)
     return {"statistics": forward, "apply": forward, "gradient_sums": backward, "gradient_apply": backward}
+
+
+def _stem_calls(
+    shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device
+) -> Mapping[str, Sequence[Call]]:
+    """The same of a stem's norm and max-pool."""
+    sets = max(2, math.ceil(4 * _cache_bytes(device) / (math.prod(shape) * dtype.itemsize)))
+    pairs = [_stem_forward_and_backward(shape, dtype, memory_format, device) for _ in range(sets)]
+    forward, backward = zip(*pairs, strict=True)
+    return {"pool_apply": forward, "pool_gradient_sums": backward, "pool_gradient_apply": backward}
 
 
 def _forward_and_backward(
@@ -121,6 +144,28 @@ def _forward_and_backward(
 
     def backward() -> tuple[Tensor, ...]:
         return bn_act_backward(dy, *saved, *scalars[:2], 1, needs)
+
+    return forward, backward
+
+
+def _stem_forward_and_backward(
+    shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device
+) -> tuple[Call, Call]:
+    from fusedres.backends.triton.bn_act_pool import bn_act_pool_backward, bn_act_pool_forward
+
+    x = torch.randn(shape, device=device).to(dtype, memory_format=memory_format)
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, bias = (torch.rand(shape[1], device=device, dtype=wide) for _ in range(2))
+    source = Statistics.BATCH.value
+
+    def forward() -> tuple[Tensor, ...]:
+        return bn_act_pool_forward(x, weight, bias, None, None, source, 0.1, 1e-5, *STEM_WINDOW, 1, True)
+
+    y, stats, choice = forward()
+    dy = torch.randn_like(y)
+
+    def backward() -> tuple[Tensor, ...]:
+        return bn_act_pool_backward(dy, choice, x, weight, stats, source, *STEM_WINDOW, [True] * 3)
 
     return forward, backward
 

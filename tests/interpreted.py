@@ -8,6 +8,7 @@ store is held to the tensors of its launch.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,39 @@ for _function in (apply.apply.fn, tl.sum.fn):
 interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
 interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
+# Types are worked out anew for every value; most of what time is left goes there.
+_types: dict[tuple[Any, ...], dict[str, Any]] = {}
+_numpy_types: dict[str, np.dtype] = {}
+_new_block_type, _new_tensor, _numpy_type = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
+
+
+def _known_numpy_type(type: tl.dtype) -> np.dtype:
+    if type.name not in _numpy_types:
+        _numpy_types[type.name] = _numpy_type(type)
+    return _numpy_types[type.name]
+
+
+def _known_block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+    sizes = (size.value if isinstance(size, tl.constexpr) else size for size in shape)
+    key = (element_ty.name, *sizes)
+    if key not in _types:
+        _new_block_type(self, element_ty, shape)
+        _types[key] = self.__dict__
+    self.__dict__ = _types[key]
+
+
+def _tensor_of_known_type(self: tl.tensor, handle: TensorHandle, type: tl.dtype) -> None:
+    key = ("tensor", type.name)
+    if key not in _types:
+        _new_tensor(self, handle, type)
+        _types[key] = {name: value for name, value in self.__dict__.items() if name != "handle"}
+    self.__dict__.update(_types[key])
+    self.handle = handle
+
+
+interpreter._get_np_dtype = _known_numpy_type
+tl.block_type.__init__, tl.tensor.__init__ = _known_block_type, _tensor_of_known_type
+
 _cast = InterpreterBuilder.cast_impl
 
 
@@ -54,8 +88,16 @@ _allowed: list[tuple[int, int]] = []  # first byte and end of the tensors of the
 _launch, _load, _store = launch.launch, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
 
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
+
+
 def _launch_watched(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], *rest: Any) -> None:
-    tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
+    tensors = list(_tensors(arguments))
     spans = [sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1 for t in tensors]
     _allowed[:] = [
         (t.data_ptr(), t.data_ptr() + span * t.element_size()) for t, span in zip(tensors, spans, strict=True)

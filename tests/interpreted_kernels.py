@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from interpreted import INTERPRETED
-from interpreted_mutants import MUTANTS
+from interpreted_mutants import MUTANTS, POOL_MUTANTS
+from test_bn_act_pool import DTYPES, ORDERS, WINDOWS, require_the_same_as_pooling_the_activation
 
 import fusedres
 from fusedres import numerics, testing
-from fusedres.backends import Statistics
+from fusedres.backends import Statistics, Window
 from fusedres.epilogue import CATALOGUE, Activation
 from fusedres.ops import Norm, affine_act, bn_act, kernels
 
@@ -20,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, at the infinities and NaN of the cases
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),  # of Triton 3.6
 ]
-COUNT = 400
+COUNT, POOL_COUNT = 400, 64
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,13 @@ def served_cases() -> list[testing.Case]:
         for case in testing.cases(8 * COUNT, large=0)
         if case.layout in ("contiguous", "channels_last") and case.residual not in ("other layout", "stride 0")
     ]
-    return served[:: len(served) // COUNT][:COUNT]
+    return served[:: len(served) // COUNT][:COUNT] + served_pool_cases()
+
+
+def served_pool_cases() -> list[testing.Case]:
+    """Of those with a value class and dtype of its own, each in one of the layouts and modes."""
+    served = [case for case in testing.pool_cases() if case.layout in ("contiguous", "channels_last")]
+    return served[:: len(served) // POOL_COUNT][:POOL_COUNT]
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +151,37 @@ def test_masks_are_laid_out_as_every_backend_lays_them_out(interpreted) -> None:
             assert torch.equal(found[1], expected[1]) and found[1].shape == kernels.empty_mask(x, True).shape
 
 
+@pytest.mark.parametrize("act", ["relu", "identity"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pooling_is_that_of_the_activation(
+    interpreted, dtype: torch.dtype, order: torch.memory_format, act: str
+) -> None:
+    """Few and many channels, planes of several tiles; every shape with every window in turn."""
+    turn = 2 * DTYPES.index(dtype) + (act == "relu")
+    for index, shape in enumerate(((2, 3, 7, 6), (1, 35, 5, 9), (1, 1, 21, 15), (1, 70, 4, 3))):
+        window = WINDOWS[(index + turn) % len(WINDOWS)]
+        require_the_same_as_pooling_the_activation(shape, window, dtype, order, act)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_pools_results_have_the_fakes_shapes_and_strides(order: torch.memory_format) -> None:
+    operators = torch.ops.fusedres_interpreted
+    for shape, window in (((2, 3, 6, 5), WINDOWS[0]), ((2, 16, 1, 1), ((2, 2), (1, 1), (1, 1)))):
+        x = torch.randn(shape).contiguous(memory_format=order)
+        weight, bias, mean, var = (torch.rand(shape[1]) for _ in range(4))
+        rest = (weight, bias, mean, var, Statistics.BATCH.value, 0.1, 1e-5, *window, 1)
+        checks = ("test_schema", "test_faketensor")
+        for keep_choice in (False, True):
+            torch.library.opcheck(operators.bn_act_pool_forward.default, (x, *rest, keep_choice), test_utils=checks)
+        y, stats, choice = operators.bn_act_pool_forward(x, *rest, True)
+        for needs in ([True] * 3, [False] * 3, [True, False, True]):
+            saved = (torch.randn_like(y), choice, x, weight, stats, Statistics.BATCH.value, *window, needs)
+            torch.library.opcheck(operators.bn_act_pool_backward.default, saved, test_utils=checks)
+
+
 def mutation_cases() -> list[testing.Case]:
-    """Few cases that together meet every function of the kernels."""
+    """Few cases that together meet every function of the kernels; those that most mutants fail come first."""
     base = testing.Case(
         "bn_act",
         torch.float32,
@@ -160,21 +197,48 @@ def mutation_cases() -> list[testing.Case]:
     )
     return [
         base,
+        replace(base, mode="eval", residual="plain"),
         replace(base, layout="contiguous", shape=(5, 16, 3, 11), values="mean1e4"),
         replace(base, residual="none", gate="none", act="leaky_relu", values="mean1e7"),
     ]
 
 
-def test_the_right_kernels_pass_the_mutation_cases(interpreted) -> None:
-    assert not [row for case in mutation_cases() for row in numerics.compare(case) if row.fails_alone()]
+def pool_mutation_cases() -> list[testing.Case]:
+    """The same for pooling."""
+    base = replace(mutation_cases()[0], op="bn_act_pool", residual="none", gate="none", window=Window(*WINDOWS[0]))
+    return [base, replace(base, layout="contiguous", shape=(5, 16, 3, 11), values="mean1e4")]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
-def test_a_wrong_kernel_fails(mutant, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in MUTANTS[mutant]:
+@pytest.fixture(scope="module")
+def yardsticks() -> dict[testing.Case, numerics.Yardstick]:
+    """What eager computes of each case, once for all mutants."""
+    return {case: numerics.yardstick(case) for case in mutation_cases() + pool_mutation_cases()}
+
+
+def failures(yardsticks: dict[testing.Case, numerics.Yardstick], pool: bool) -> Iterator[numerics.Comparison]:
+    for case, yardstick in yardsticks.items():
+        if (case.window is not None) == pool:
+            yield from (row for row in numerics.compare(case, beside=yardstick) if row.fails_alone())
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["bn_act", "bn_act_pool"])
+def test_the_right_kernels_pass_the_mutation_cases(interpreted, yardsticks, pool: bool) -> None:
+    assert not list(failures(yardsticks, pool))
+
+
+@pytest.mark.parametrize(
+    "mutant, places, pool",
+    [
+        pytest.param(mutant, places, pool, id=f"{mutant.__name__}-{'pool' if pool else 'bn_act'}")
+        for pool, mutants in ((False, MUTANTS), (True, POOL_MUTANTS))
+        for mutant, places in mutants.items()
+    ],
+)
+def test_a_wrong_kernel_fails(mutant, places, pool: bool, yardsticks, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in places:
         monkeypatch.setattr(module, name, mutant)
     try:
-        failed = [row for case in mutation_cases() for row in numerics.compare(case) if row.fails_alone()]
+        failed = next(failures(yardsticks, pool), None)
     except Exception as error:  # the interpreter wraps what a kernel raises in an exception of its own
         failed = "outside the tensors of its launch" in str(error)
     assert failed

@@ -41,32 +41,41 @@ def pooled(window: Window, training: bool, act: str = "relu") -> Callable[..., T
     return f
 
 
+SHAPES = ((2, 3, 7, 6), (1, 35, 5, 19), (1, 2, 4, 1300), (1, 600, 4, 4))
+
+
 @pytest.mark.parametrize("act", ["relu", "identity"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_result_is_that_of_pooling_the_activation(
     backend: str, dtype: torch.dtype, order: torch.memory_format, act: str
 ) -> None:
+    for shape, window in itertools.product(SHAPES, WINDOWS):
+        require_the_same_as_pooling_the_activation(shape, window, dtype, order, act)
+
+
+def require_the_same_as_pooling_the_activation(
+    shape: tuple[int, ...], window: Window, dtype: torch.dtype, order: torch.memory_format, act: str
+) -> None:
     """Bit for bit; few distinct values make ties, and the special ones must win, lose and spread as in eager."""
     wide = torch.promote_types(dtype, torch.float32)
-    for shape, window in itertools.product(((2, 3, 7, 6), (1, 35, 5, 19), (1, 2, 4, 1300), (1, 600, 4, 4)), WINDOWS):
-        x = torch.randn(shape, dtype=torch.float64).mul(3).round().div(2)
-        special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, -0.0, 1e-45], dtype=torch.float64)
-        x.view(-1)[torch.randperm(x.numel())[: 6 * shape[0]]] = special.repeat(shape[0])
-        x[0, 0] = -torch.inf  # nothing is larger than the padding, which must not be chosen
-        x = x.to(dtype).contiguous(memory_format=order)
-        c = shape[1]
-        weight, bias, mean = (torch.randn(c, dtype=wide) for _ in range(3))
-        weight[0] = 1.0
-        norm = Norm(weight, bias, mean, torch.rand(c, dtype=wide) + 0.1)
-        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-        y, expected = bn_act_pool(ours, norm, **window._asdict(), act=act), unfused(theirs, norm, window, act)
-        assert y.dtype == dtype and y.stride() == expected.stride()
-        assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0)), (shape, window)
-        dy = torch.randint(1, 9, y.shape).to(dtype)  # its sums are exact
-        (dx,), (expected_dx,) = torch.autograd.grad(y, ours, dy), torch.autograd.grad(expected, theirs, dy)
-        assert dx.stride() == expected_dx.stride()
-        torch.testing.assert_close(dx, expected_dx, rtol=2 * torch.finfo(dtype).eps, atol=0.0, equal_nan=True)
+    x = torch.randn(shape, dtype=torch.float64).mul(3).round().div(2)
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, -0.0, 1e-45], dtype=torch.float64)
+    x.view(-1)[torch.randperm(x.numel())[: 6 * shape[0]]] = special.repeat(shape[0])
+    x[0, 0] = -torch.inf  # nothing is larger than the padding, which must not be chosen
+    x = x.to(dtype).contiguous(memory_format=order)
+    c = shape[1]
+    weight, bias, mean = (torch.randn(c, dtype=wide) for _ in range(3))
+    weight[0] = 1.0
+    norm = Norm(weight, bias, mean, torch.rand(c, dtype=wide) + 0.1)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = bn_act_pool(ours, norm, **window._asdict(), act=act), unfused(theirs, norm, window, act)
+    assert y.dtype == dtype and y.stride() == expected.stride()
+    assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0)), (shape, window)
+    dy = torch.randint(1, 9, y.shape).to(dtype)  # its sums are exact
+    (dx,), (expected_dx,) = torch.autograd.grad(y, ours, dy), torch.autograd.grad(expected, theirs, dy)
+    assert dx.stride() == expected_dx.stride()
+    torch.testing.assert_close(dx, expected_dx, rtol=2 * torch.finfo(dtype).eps, atol=0.0, equal_nan=True)
 
 
 @pytest.mark.parametrize("subset", list(itertools.product([False, True], repeat=3)), ids=str)

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from fusedres import tuning
 from fusedres.backends.triton import launch, tuned
-from fusedres.backends.triton.configurations import APPLY, PASSES, STATISTICS, Config, default
+from fusedres.backends.triton.configurations import APPLY, PASSES, POOL_APPLY, STATISTICS, Config, default
 from fusedres.backends.triton.view import View
 
 DEVICE = "NVIDIA Imaginary 9000"
@@ -143,10 +143,17 @@ def imaginary_gpu(monkeypatch):
 
 def test_tune_keeps_the_fastest_of_every_pass_and_reports_its_progress(imaginary_gpu) -> None:
     seen = []
-    path = tuning.tune([(256, 256, 56, 56)], device="meta", progress=lambda done, total: seen.append((done, total)))
+    launch.forget_plans()
+    x = torch.empty(256, 256, 56, 56, dtype=torch.bfloat16, device="meta").contiguous(memory_format=torch.channels_last)
+    assert launch.Plan.of(APPLY, VIEW, x).config == default(APPLY, 90, 2)
+    shapes, stems = [x.shape], [(256, 256, 56, 56)]
+    path = tuning.tune(shapes, stems=stems, device="meta", progress=lambda done, total: seen.append((done, total)))
     assert path == tuned.path_of(DEVICE) and imaginary_gpu
     best = {kind: min(kind.configs, key=lambda c: abs(c.tile - 2048) + c.unroll) for kind in PASSES}
-    assert tuned.load(DEVICE) == {tuned.key(kind, VIEW, torch.bfloat16): config for kind, config in best.items()}
+    views = {kind: VIEW if kind is not POOL_APPLY else VIEW._replace(pixels=256 * 28 * 28) for kind in PASSES}
+    found = {tuned.key(kind, views[kind], torch.bfloat16): config for kind, config in best.items()}
+    assert tuned.load(DEVICE) == found
+    assert launch.Plan.of(APPLY, VIEW, x).config == best[APPLY] != default(APPLY, 90, 2)
     total = sum(len(kind.configs) for kind in PASSES)
     assert seen == [(done, total) for done in range(1, total + 1)]
     assert not launch._forced

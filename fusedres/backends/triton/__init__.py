@@ -1,4 +1,4 @@
-"""Triton kernels for NVIDIA GPUs from sm_80 on: affine_act and bn_act with no toolchain beyond Triton's own.
+"""Triton kernels for NVIDIA GPUs from sm_80 on: every op with no toolchain beyond Triton's own.
 
 Importing this imports no Triton and opens no CUDA context; the first objection and the first kernel do.
 """
@@ -16,7 +16,7 @@ import torch
 
 from fusedres.backends import Backend, Request
 
-OPS = ("affine_act", "bn_act")
+OPS = ("affine_act", "bn_act", "bn_act_pool")
 OLDEST = 80
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

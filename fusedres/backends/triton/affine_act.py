@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedres.backends.triton.arguments import Gate, Operand, Slope
 from fusedres.backends.triton.backward import Saved, backward
 from fusedres.backends.triton.forward import forward
-from fusedres.backends.triton.launch import Operand
 
 
 def affine_act_forward(
@@ -15,8 +15,9 @@ def affine_act_forward(
 ) -> tuple[Tensor, Tensor]:
     """y and its mask: reads x and the residual, writes y."""
     with torch.cuda.device_of(x):
-        branch = Operand(x, mean, scale, bias, False)
-        return forward(branch, Operand(residual, mean_r, scale_r, bias_r, False), gate, act, keep_mask)
+        branch = Operand(x, mean, weight=scale, bias=bias)
+        shortcut = Operand(residual, mean_r, weight=scale_r, bias=bias_r)
+        return forward(branch, shortcut, Gate.of(gate), act, keep_mask)
 
 
 def affine_act_backward(
@@ -24,6 +25,6 @@ def affine_act_backward(
 ) -> tuple[Tensor, ...]:
     """The seven gradients, those that are not needed empty."""
     with torch.cuda.device_of(dy):
-        branch = Operand(x, mean, scale, bias, False)
-        shortcut = Operand(residual, mean_r, scale_r, bias_r, False)
-        return backward(Saved(dy, y, mask, branch, shortcut, gate, act, (False, False)), needs)
+        branch = Operand(x, mean, weight=scale, bias=bias)
+        shortcut = Operand(residual, mean_r, weight=scale_r, bias=bias_r)
+        return backward(Saved(Slope(dy, y, mask), None, branch, shortcut, Gate.of(gate), act, (False, False)), needs)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fusedres.backends import Statistics
+from fusedres.backends.triton.arguments import Gate, Operand, Slope
 from fusedres.backends.triton.backward import Saved, backward
 from fusedres.backends.triton.configurations import STATISTICS
 from fusedres.backends.triton.forward import forward
-from fusedres.backends.triton.launch import Operand, Plan, finish
+from fusedres.backends.triton.launch import Plan, finish
 from fusedres.backends.triton.statistics import statistics_finish, statistics_parts
 from fusedres.backends.triton.view import View, accumulation_dtype
 
@@ -23,46 +24,48 @@ def bn_act_forward(
     From batch statistics reads x and a normalised residual twice, a plain one once, and writes y.
     """
     with torch.cuda.device_of(x):
-        stats_r = statistics(x if residual is None else residual, mean_r, var_r, source_r, momentum_r, eps_r)
-        stats = statistics(x, mean, var, source, momentum, eps)
-        branch = Operand.of_norm(x, weight, bias, stats)
-        y, mask = forward(branch, Operand.of_norm(residual, weight_r, bias_r, stats_r), gate, act, keep_mask)
+        shortcut = norm_operand(residual, weight_r, bias_r, mean_r, var_r, source_r, momentum_r, eps_r)
+        branch = norm_operand(x, weight, bias, mean, var, source, momentum, eps)
+        y, mask = forward(branch, shortcut, Gate.of(gate), act, keep_mask, (eps, eps_r))
+        stats, stats_r = (_nothing(x) if t.stats is None else t.stats for t in (branch, shortcut))
         return y, stats, stats_r, mask
 
 
-def statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, source: int, momentum: float, eps: float
-) -> Tensor:
-    """(3, C): the mean's high part, its remainder, 1 / sqrt(var + eps); (0,) for an absent norm."""
-    if source == Statistics.ABSENT:
-        return x.new_empty(0, dtype=accumulation_dtype(x))
-    from_batch = source == Statistics.BATCH
+def norm_operand(
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    source: int,
+    momentum: float,
+    eps: float,
+) -> Operand:
+    """x and its norm: batch statistics are found here, running ones by the pass that uses them, which keeps them."""
+    if x is None or source == Statistics.ABSENT:
+        return Operand(x)
+    stats = x.new_empty((3, x.shape[1]), dtype=accumulation_dtype(x.dtype))
+    if source == Statistics.RUNNING:
+        return Operand(x, running_mean, running_var, stats, weight, bias)
+    find_statistics(x, running_mean, running_var, momentum, eps, stats)
+    return Operand.of_norm(x, weight, bias, stats)
+
+
+def find_statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float, stats: Tensor
+) -> None:
+    """stats (3, C): the mean's high part, its remainder, 1 / sqrt(var + eps)."""
     view = View.of(x).merged()
     plan = Plan.of(STATISTICS, view, x)
-    stats = x.new_empty((3, view.channels), dtype=accumulation_dtype(x))
-    parts, partial = plan.parts(plan.tiles, 1), None
-    if from_batch:
-        partial = stats.new_empty((3, parts, view.channels))
-        plan.run(statistics_parts, parts, x, partial, view.pixels, view.channels, plan.tiles, parts)
-    finish(
-        statistics_finish,
-        1,
-        view.channels,
-        x,
-        partial,
-        running_mean,
-        running_var,
-        stats,
-        view.pixels,
-        view.channels,
-        parts,
-        momentum,
-        eps,
-        FROM_BATCH=from_batch,
-        CHANNELS_LAST=view.channels_last,
-        ACC=plan.constants["ACC"],
-    )
-    return stats
+    parts = plan.parts(plan.tiles, 1)
+    partial = stats.new_empty((3, parts, view.channels))
+    plan.run(statistics_parts, parts, x, partial, view.pixels, view.channels, plan.tiles, parts)
+    running, sizes = (running_mean, running_var), (view.pixels, view.channels, parts)
+    finish(statistics_finish, 1, view.channels, x, partial, *running, stats, *sizes, momentum, eps, CUT=plan.cut)
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=accumulation_dtype(x.dtype))
 
 
 def bn_act_backward(
@@ -73,4 +76,4 @@ def bn_act_backward(
         branch = Operand.of_norm(x, weight, bias, stats)
         shortcut = Operand.of_norm(residual, weight_r, bias_r, stats_r)
         from_batch = source == Statistics.BATCH, source_r == Statistics.BATCH
-        return backward(Saved(dy, y, mask, branch, shortcut, gate, act, from_batch), needs)
+        return backward(Saved(Slope(dy, y, mask), None, branch, shortcut, Gate.of(gate), act, from_batch), needs)

@@ -32,7 +32,7 @@ class Config:
     programs: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pass:
     """A kernel that walks the whole tensor.
 
@@ -40,12 +40,14 @@ class Pass:
         reduces: whether the loads of `unroll` tiles are on their way together.
         operands: tensors that every form of it reads.
         configs: from the fewest bytes in flight to the most.
+        gathers: whether what it reads lies at a distance of its own for every pixel.
     """
 
     name: str
     reduces: bool
     operands: int
     configs: tuple[Config, ...]
+    gathers: bool = False
 
     def bytes_in_flight(self, config: Config, itemsize: int) -> int:
         together = config.unroll if self.reduces else 1
@@ -56,7 +58,13 @@ STATISTICS = Pass("statistics", True, 1, (Config(1024, 1, 4, 5), Config(1024, 2,
 APPLY = Pass("apply", False, 1, (Config(1024, 4, 4, 5), Config(2048, 4, 4, 4), Config(4096, 2, 4, 3)))
 GRADIENT_SUMS = Pass("gradient_sums", True, 2, (Config(1024, 1, 4, 4), Config(1024, 2, 4, 4), Config(1024, 4, 4, 4)))
 GRADIENT_APPLY = Pass("gradient_apply", False, 2, (Config(1024, 4, 4, 4), Config(2048, 4, 4, 4), Config(4096, 2, 8, 2)))
-PASSES = (STATISTICS, APPLY, GRADIENT_SUMS, GRADIENT_APPLY)
+BLOCK_PASSES = (STATISTICS, APPLY, GRADIENT_SUMS, GRADIENT_APPLY)
+# Of x alone, a stride of 2 gives every window 4 pixels of its own; dy and the choices are small beside it.
+POOL_APPLY = Pass("pool_apply", False, 4, (Config(1024, 4, 4, 4), Config(1024, 2, 4, 5), Config(2048, 2, 8, 2)), True)
+POOL_GRADIENT_SUMS = Pass("pool_gradient_sums", True, 1, (Config(1024, 1, 4, 4), Config(1024, 2, 4, 4)), True)
+POOL_GRADIENT_APPLY = Pass("pool_gradient_apply", False, 1, (Config(1024, 4, 4, 4), Config(2048, 2, 8, 2)), True)
+POOL_PASSES = (POOL_APPLY, POOL_GRADIENT_SUMS, POOL_GRADIENT_APPLY)
+PASSES = BLOCK_PASSES + POOL_PASSES
 
 
 @dataclass(frozen=True)
@@ -95,25 +103,25 @@ def default(kind: Pass, capability: int, itemsize: int) -> Config:
     return max(kind.configs, key=lambda config: kind.bytes_in_flight(config, itemsize))
 
 
-def blocks(config: Config, view: View, dtype: torch.dtype) -> dict[str, int]:
-    """BLOCK_P x BLOCK_C of a tile: 128 bytes of channels, or a plane's pixels, as far as there are so many.
+def blocks(kind: Pass, config: Config, view: View, dtype: torch.dtype) -> tuple[int, int]:
+    """Pixels and channels of a tile: 128 bytes of channels, or a plane's pixels, as far as there are so many.
 
     Both count in eights along memory, because a mask's bits are packed there.
     """
-    tile = config.tile // _elements_cost(view, dtype)
+    tile = config.tile // _elements_cost(kind, view, dtype)
     if view.channels_last:
         block_c = min(_power_of_2(view.channels), 128 // dtype.itemsize)
-        return {"BLOCK_P": min(tile // block_c, _power_of_2(view.pixels)), "BLOCK_C": block_c}
+        return min(tile // block_c, _power_of_2(view.pixels)), block_c
     block_p = min(_power_of_2(view.pixels), tile)
-    return {"BLOCK_P": block_p, "BLOCK_C": min(tile // block_p, _power_of_2(view.channels))}
+    return block_p, min(tile // block_p, _power_of_2(view.channels))
 
 
-def _elements_cost(view: View, dtype: torch.dtype) -> int:
-    """How many times the registers of a 2-byte or 4-byte element in a row of 16s an element takes.
+def _elements_cost(kind: Pass, view: View, dtype: torch.dtype) -> int:
+    """How many times the registers of a 2-byte or 4-byte element in a row of whole vectors an element takes.
 
-    Where rows are no multiple of 16 elements, each element has an address of its own.
+    Where rows are of odd lengths, or along a row pixels are gathered, each element has an address of its own.
     """
-    if (view.channels if view.channels_last else view.pixels) % 16:
+    if view.row_factor() * dtype.itemsize < 8 or (kind.gathers and not view.channels_last):
         return 4
     return 2 if dtype.itemsize == 8 else 1
 

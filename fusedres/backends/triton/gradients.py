@@ -1,7 +1,7 @@
 """The backward's two passes over the tensor, and what is worked out per channel between them."""
 
 # What is decorated is Triton's language, not Python.
-# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
 
 import triton
 import triton.language as tl
@@ -10,125 +10,82 @@ from fusedres.backends.triton.apply import pre_activation
 from fusedres.backends.triton.constants import load_affine, load_channels, load_gate, load_remainder
 from fusedres.backends.triton.epilogue import IDENTITY, activation_gradient
 from fusedres.backends.triton.masks import load_mask
-from fusedres.backends.triton.tiles import inside, offsets_of, place_of
+from fusedres.backends.triton.pool import pooled_gradient
+from fusedres.backends.triton.tiles import inside, offsets_of, place_of, whole_rows
 
 
 @triton.jit
 def gradient_at(
-    dy_ptr,
-    y_ptr,
-    mask_ptr,
-    x_ptr,
-    r_ptr,
-    offsets,
-    exists,
-    place,
-    x_affine,
-    r_affine,
-    gate_ptr,
-    gate_strides,
-    ACT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    slope, pool, x, r, gate, offsets, exists, place, x_affine, r_affine, ACT: tl.constexpr, CUT: tl.constexpr
 ):
-    """g = dy * act'(z) of a tile, from the mask, the output y, or z recomputed; 0 where nothing exists."""
-    g = tl.load(dy_ptr + offsets, mask=exists, other=0.0).to(ACC)
-    if mask_ptr is not None:
-        g = tl.where(load_mask(mask_ptr, place, CHANNELS_LAST, BLOCK_P, BLOCK_C), g, 0.0)
-    elif y_ptr is not None:
-        y = tl.load(y_ptr + offsets, mask=exists, other=0.0).to(ACC)
-        g = activation_gradient(y, g, ACT)
-    elif ACT != IDENTITY:
-        x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(ACC)
-        z = pre_activation(x, r_ptr, offsets, exists, place, x_affine, r_affine, gate_ptr, gate_strides, ACC, BLOCK_C)
-        g = tl.where(exists, activation_gradient(z, g, ACT), 0.0)
+    """g = dy * act'(z) of a tile, from the windows that chose it, the mask, y, or z recomputed; 0 beyond the tensor."""
+    if pool is not None:
+        g = pooled_gradient(slope.dy, pool, place, exists, CUT)
+    else:
+        g = tl.load(slope.dy + offsets, mask=exists, other=0.0).to(CUT.acc)
+        if slope.mask is not None:
+            g = tl.where(load_mask(slope.mask, place, CUT), g, 0.0)
+        elif slope.y is not None:
+            y = tl.load(slope.y + offsets, mask=exists, other=0.0).to(CUT.acc)
+            g = activation_gradient(y, g, ACT)
+        elif ACT != IDENTITY:
+            x_tile = tl.load(x.data + offsets, mask=exists, other=0.0).to(CUT.acc)
+            z = pre_activation(x_tile, r, gate, offsets, exists, place, x_affine, r_affine, CUT)
+            g = tl.where(exists, activation_gradient(z, g, ACT), 0.0)
     return g
 
 
 @triton.jit(do_not_specialize=["tiles", "groups", "pieces"])
 def gradient_sums(
-    dy_ptr,
-    y_ptr,
-    mask_ptr,
-    x_ptr,
-    x_centre_ptr,
-    x_weight_ptr,
-    x_bias_ptr,
-    r_ptr,
-    r_centre_ptr,
-    r_weight_ptr,
-    r_bias_ptr,
-    gate_ptr,
-    gate_strides,
+    slope,
+    pool,
+    x,
+    r,
+    gate,
     sums_ptr,
     pixels,
     channels,
     tiles,
     groups,
     pieces,
-    NORM_X: tl.constexpr,
-    NORM_R: tl.constexpr,
     PRODUCT_X: tl.constexpr,
     PRODUCT_R: tl.constexpr,
     ACT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    UNROLL: tl.constexpr,
+    CUT: tl.constexpr,
 ):
     """sum g, with PRODUCT_X sum g * (x - mean), with PRODUCT_R sum g * (r - mean_r), of every part and channel.
 
-    dy, y, x, r: (N, C, pixels) in either order; sums: (3, groups * pieces, C) in ACC. A part is every pieces-th tile
+    dy, y, x, r: (N, C, pixels) in either order; sums: (3, groups * pieces, C) in acc. A part is every pieces-th tile
     of a group: of an image where the gate has a value per image, else of everything. Reads each tensor once.
     """
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    pixels, channels = whole_rows(pixels, channels, CUT)
+    channel_blocks = tl.cdiv(channels, CUT.block_c)
     part = tl.program_id(0) // channel_blocks
-    first_channel = tl.program_id(0) % channel_blocks * BLOCK_C
-    x_affine = load_affine(x_centre_ptr, x_weight_ptr, x_bias_ptr, first_channel, channels, NORM_X, ACC, BLOCK_C)
-    r_affine = load_affine(r_centre_ptr, r_weight_ptr, r_bias_ptr, first_channel, channels, NORM_R, ACC, BLOCK_C)
+    first_channel = tl.program_id(0) % channel_blocks * CUT.block_c
+    x_affine = load_affine(x, 0.0, first_channel, channels, CUT)
+    r_affine = load_affine(r, 0.0, first_channel, channels, CUT)
     mean, mean_r = x_affine[0], r_affine[0]
 
     group_tiles = tiles // groups
     first_tile = part // pieces * group_tiles
-    sum_g = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+    sum_g = tl.zeros((CUT.block_p, CUT.block_c), CUT.acc)
     sum_gx, sum_gr = sum_g, sum_g
-    for step in range(tl.cdiv(group_tiles - part % pieces, pieces * UNROLL)):
-        for u in tl.static_range(UNROLL):
-            tile = first_tile + part % pieces + (step * UNROLL + u) * pieces
-            place = place_of(tile, first_tile + group_tiles, first_channel, pixels, channels, BLOCK_P)
-            exists = inside(place, BLOCK_P, BLOCK_C)
-            offsets = offsets_of(place, CHANNELS_LAST, BLOCK_P, BLOCK_C)
-            g = gradient_at(
-                dy_ptr,
-                y_ptr,
-                mask_ptr,
-                x_ptr,
-                r_ptr,
-                offsets,
-                exists,
-                place,
-                x_affine,
-                r_affine,
-                gate_ptr,
-                gate_strides,
-                ACT,
-                CHANNELS_LAST,
-                ACC,
-                BLOCK_P,
-                BLOCK_C,
-            )
+    for step in range(tl.cdiv(group_tiles - part % pieces, pieces * CUT.unroll)):
+        for u in tl.static_range(CUT.unroll):
+            tile = first_tile + part % pieces + (step * CUT.unroll + u) * pieces
+            place = place_of(tile, first_tile + group_tiles, first_channel, pixels, channels, CUT)
+            exists = inside(place, CUT)
+            offsets = offsets_of(place, CUT)
+            g = gradient_at(slope, pool, x, r, gate, offsets, exists, place, x_affine, r_affine, ACT, CUT)
             sum_g += g
             if PRODUCT_X:
-                x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(ACC)
-                sum_gx += g * tl.where(exists, x - mean[None, :], 0.0)
+                x_tile = tl.load(x.data + offsets, mask=exists, other=0.0).to(CUT.acc)
+                sum_gx += g * tl.where(exists, x_tile - mean[None, :], 0.0)
             if PRODUCT_R:
-                r = tl.load(r_ptr + offsets, mask=exists, other=0.0).to(ACC)
-                sum_gr += g * tl.where(exists, r - mean_r[None, :], 0.0)
+                r_tile = tl.load(r.data + offsets, mask=exists, other=0.0).to(CUT.acc)
+                sum_gr += g * tl.where(exists, r_tile - mean_r[None, :], 0.0)
 
-    channel = first_channel + tl.arange(0, BLOCK_C)
+    channel = first_channel + tl.arange(0, CUT.block_c)
     row_ptr = sums_ptr + part.to(tl.int64) * channels + channel
     size = (groups * pieces).to(tl.int64) * channels
     tl.store(row_ptr, tl.sum(sum_g, axis=0), mask=channel < channels)
@@ -142,10 +99,8 @@ def gradient_sums(
 def gradient_finish(
     sums_ptr,
     products_ptr,
-    centre_ptr,
-    weight_ptr,
-    gate_ptr,
-    gate_strides,
+    operand,
+    gate,
     dweight_ptr,
     dbias_ptr,
     slopes_ptr,
@@ -153,7 +108,6 @@ def gradient_finish(
     channels,
     parts,
     pieces,
-    NORM: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -177,14 +131,14 @@ def gradient_finish(
         gx = g
         if products_ptr is not None:
             gx = tl.load(products_ptr + row_offsets, mask=exists, other=0.0).to(tl.float64)
-        if gate_ptr is not None:
-            gate_offsets = part // pieces * gate_strides[0] + channel[None, :] * gate_strides[1]
-            k = tl.load(gate_ptr + gate_offsets, mask=exists, other=0.0).to(tl.float64)
+        if gate.data is not None:
+            gate_offsets = part // pieces * gate.image_stride + channel[None, :] * gate.channel_stride
+            k = tl.load(gate.data + gate_offsets, mask=exists, other=0.0).to(tl.float64)
             g, gx = k * g, k * gx
         sum_g += g
         sum_gx += gx
 
-    low, rstd = load_remainder(centre_ptr, first_channel, channels, NORM, tl.float64, BLOCK_C)
+    low, rstd = load_remainder(operand.stats, first_channel, channels, tl.float64, BLOCK_C)
     dbias = tl.sum(sum_g, axis=0)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + channel, dbias.to(dbias_ptr.dtype.element_ty), mask=channel < channels)
@@ -193,7 +147,7 @@ def gradient_finish(
         if dweight_ptr is not None:
             tl.store(dweight_ptr + channel, dweight.to(dweight_ptr.dtype.element_ty), mask=channel < channels)
         if slopes_ptr is not None:
-            scale = load_channels(weight_ptr, first_channel, channels, 1.0, tl.float64, BLOCK_C) * rstd
+            scale = load_channels(operand.weight, first_channel, channels, 1.0, tl.float64, BLOCK_C) * rstd
             b = -scale * rstd * dweight / values
             d = -scale * dbias / values - b * low
             tl.store(slopes_ptr + channel, b.to(slopes_ptr.dtype.element_ty), mask=channel < channels)
@@ -202,17 +156,7 @@ def gradient_finish(
 
 @triton.jit(do_not_specialize=["pieces"])
 def gate_finish(
-    sums_ptr,
-    products_ptr,
-    centre_ptr,
-    weight_ptr,
-    bias_ptr,
-    dgate_ptr,
-    channels,
-    pieces,
-    NORM: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    sums_ptr, products_ptr, operand, dgate_ptr, channels, pieces, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """dk = sum g * (xhat * weight + bias) of every group: dgate (groups, C)."""
     group, first_channel = tl.program_id(0), tl.program_id(1) * BLOCK_C
@@ -226,111 +170,77 @@ def gate_finish(
         sum_g += tl.load(sums_ptr + row_offsets, mask=exists, other=0.0).to(tl.float64)
         sum_gx += tl.load(products_ptr + row_offsets, mask=exists, other=0.0).to(tl.float64)
 
-    low, rstd = load_remainder(centre_ptr, first_channel, channels, NORM, tl.float64, BLOCK_C)
-    scale = load_channels(weight_ptr, first_channel, channels, 1.0, tl.float64, BLOCK_C) * rstd
-    bias = load_channels(bias_ptr, first_channel, channels, 0.0, tl.float64, BLOCK_C)
+    low, rstd = load_remainder(operand.stats, first_channel, channels, tl.float64, BLOCK_C)
+    scale = load_channels(operand.weight, first_channel, channels, 1.0, tl.float64, BLOCK_C) * rstd
+    bias = load_channels(operand.bias, first_channel, channels, 0.0, tl.float64, BLOCK_C)
     g = tl.sum(sum_g, axis=0)
     dgate = scale * (tl.sum(sum_gx, axis=0) - low * g) + bias * g
-    tl.store(
-        dgate_ptr + group.to(tl.int64) * channels + channel,
-        dgate.to(dgate_ptr.dtype.element_ty),
-        mask=channel < channels,
-    )
+    row_ptr = dgate_ptr + group.to(tl.int64) * channels + channel
+    tl.store(row_ptr, dgate.to(dgate_ptr.dtype.element_ty), mask=channel < channels)
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def gradient_apply(
-    dy_ptr,
-    y_ptr,
-    mask_ptr,
-    x_ptr,
-    x_centre_ptr,
-    x_weight_ptr,
-    x_bias_ptr,
+    slope,
+    pool,
+    x,
+    r,
+    gate,
     x_slopes_ptr,
-    r_ptr,
-    r_centre_ptr,
-    r_weight_ptr,
-    r_bias_ptr,
     r_slopes_ptr,
-    gate_ptr,
-    gate_strides,
     dx_ptr,
     dr_ptr,
     pixels,
     channels,
     tiles,
-    NORM_X: tl.constexpr,
-    NORM_R: tl.constexpr,
     ACT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    UNROLL: tl.constexpr,
+    CUT: tl.constexpr,
 ):
     """dx = A * k * g + B * (x - mean) + D,  dr the same of r without k; B and D only of batch statistics.
 
     dy, y, x, r, dx, dr: (N, C, pixels) in either order. Reads dy, what tells the slope, x and r where they are needed,
     writes dx and dr. Memory is walked backwards: the last that the sums read is what the cache still holds.
     """
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    pixels, channels = whole_rows(pixels, channels, CUT)
+    channel_blocks = tl.cdiv(channels, CUT.block_c)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    first_channel = program % channel_blocks * BLOCK_C
-    x_affine = load_affine(x_centre_ptr, x_weight_ptr, x_bias_ptr, first_channel, channels, NORM_X, ACC, BLOCK_C)
-    r_affine = load_affine(r_centre_ptr, r_weight_ptr, r_bias_ptr, first_channel, channels, NORM_R, ACC, BLOCK_C)
+    first_channel = program % channel_blocks * CUT.block_c
+    x_affine = load_affine(x, 0.0, first_channel, channels, CUT)
+    r_affine = load_affine(r, 0.0, first_channel, channels, CUT)
     mean, scale, _ = x_affine
     mean_r, scale_r, _ = r_affine
-    x_slopes = load_slopes(x_slopes_ptr, first_channel, channels, ACC, BLOCK_C)
-    r_slopes = load_slopes(r_slopes_ptr, first_channel, channels, ACC, BLOCK_C)
+    x_slopes = load_slopes(x_slopes_ptr, first_channel, channels, CUT)
+    r_slopes = load_slopes(r_slopes_ptr, first_channel, channels, CUT)
 
-    for step in range(UNROLL):
-        tile = program // channel_blocks * UNROLL + (UNROLL - 1 - step)
-        place = place_of(tile, tiles, first_channel, pixels, channels, BLOCK_P)
-        exists = inside(place, BLOCK_P, BLOCK_C)
-        offsets = offsets_of(place, CHANNELS_LAST, BLOCK_P, BLOCK_C)
-        g = gradient_at(
-            dy_ptr,
-            y_ptr,
-            mask_ptr,
-            x_ptr,
-            r_ptr,
-            offsets,
-            exists,
-            place,
-            x_affine,
-            r_affine,
-            gate_ptr,
-            gate_strides,
-            ACT,
-            CHANNELS_LAST,
-            ACC,
-            BLOCK_P,
-            BLOCK_C,
-        )
+    for step in range(CUT.unroll):
+        tile = program // channel_blocks * CUT.unroll + (CUT.unroll - 1 - step)
+        place = place_of(tile, tiles, first_channel, pixels, channels, CUT)
+        exists = inside(place, CUT)
+        offsets = offsets_of(place, CUT)
+        g = gradient_at(slope, pool, x, r, gate, offsets, exists, place, x_affine, r_affine, ACT, CUT)
         if dx_ptr is not None:
             dx = g * scale[None, :]
-            if gate_ptr is not None:
-                dx *= load_gate(gate_ptr, gate_strides, place, ACC, BLOCK_C)[None, :]
+            if gate.data is not None:
+                dx *= load_gate(gate, place, CUT)[None, :]
             if x_slopes_ptr is not None:
-                x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(ACC)
-                dx += x_slopes[0][None, :] * (x - mean[None, :]) + x_slopes[1][None, :]
+                x_tile = tl.load(x.data + offsets, mask=exists, other=0.0).to(CUT.acc)
+                dx += x_slopes[0][None, :] * (x_tile - mean[None, :]) + x_slopes[1][None, :]
             tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)
         if dr_ptr is not None:
             dr = g * scale_r[None, :]
             if r_slopes_ptr is not None:
-                r = tl.load(r_ptr + offsets, mask=exists, other=0.0).to(ACC)
-                dr += r_slopes[0][None, :] * (r - mean_r[None, :]) + r_slopes[1][None, :]
+                r_tile = tl.load(r.data + offsets, mask=exists, other=0.0).to(CUT.acc)
+                dr += r_slopes[0][None, :] * (r_tile - mean_r[None, :]) + r_slopes[1][None, :]
             tl.store(dr_ptr + offsets, dr.to(dr_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def load_slopes(slopes_ptr, first_channel, channels, ACC: tl.constexpr, BLOCK_C: tl.constexpr):
-    """B and D as two (BLOCK_C,); 0 without batch statistics."""
+def load_slopes(slopes_ptr, first_channel, channels, CUT: tl.constexpr):
+    """B and D as two (block_c,); 0 without batch statistics."""
     if slopes_ptr is None:
-        b = tl.full((BLOCK_C,), 0.0, ACC)
+        b = tl.full((CUT.block_c,), 0.0, CUT.acc)
         d = b
     else:
-        b = load_channels(slopes_ptr, first_channel, channels, 0.0, ACC, BLOCK_C)
-        d = load_channels(slopes_ptr + channels, first_channel, channels, 0.0, ACC, BLOCK_C)
+        b = load_channels(slopes_ptr, first_channel, channels, 0.0, CUT.acc, CUT.block_c)
+        d = load_channels(slopes_ptr + channels, first_channel, channels, 0.0, CUT.acc, CUT.block_c)
     return b, d

@@ -1,10 +1,10 @@
-"""What every launch has in common: the device, the configuration, the kernel's operands."""
+"""What every launch has in common: the device, the configuration, the grid."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,30 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.backends.triton import tuned
+from fusedres.backends.triton.arguments import Cut
 from fusedres.backends.triton.configurations import Config, Pass, blocks, default
 from fusedres.backends.triton.view import View
 
 CHANNELS_FINISHED = 8  # by a program: 32 bytes of fp32, what memory hands out at a time
 PARTS_AT_ONCE = 256
-
-
-class Operand(NamedTuple):
-    """A tensor and its per-channel map, as the kernels take them.
-
-    centre: (C,) means, or where `norm` the (3, C) statistics.
-    """
-
-    data: Tensor | None
-    centre: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    norm: bool
-
-    @staticmethod
-    def of_norm(data: Tensor | None, weight: Tensor | None, bias: Tensor | None, stats: Tensor) -> Operand:
-        if not stats.numel():
-            return Operand(data, None, None, None, False)
-        return Operand(data, stats, weight, bias, True)
 
 
 class Device(NamedTuple):
@@ -77,39 +59,41 @@ class Plan(NamedTuple):
     """One pass over a tensor: its blocks and its programs."""
 
     config: Config
-    constants: dict[str, Any]
+    cut: Cut
     tiles: int
     channel_blocks: int
     resident: int  # programs that the device holds at a time
 
     @staticmethod
     def of(kind: Pass, view: View, t: Tensor) -> Plan:
-        device = device_of(t.device)
-        config = chosen(kind, view, t.dtype, device)
-        block = blocks(config, view, t.dtype)
-        constants = {
-            "CHANNELS_LAST": view.channels_last,
-            "ACC": tl.float64 if t.dtype == torch.float64 else tl.float32,
-            "UNROLL": config.unroll,
-            **block,
-        }
-        return Plan(
-            config,
-            constants,
-            view.images * ceil_div(view.pixels, block["BLOCK_P"]),
-            ceil_div(view.channels, block["BLOCK_C"]),
-            config.programs * device.processors,
-        )
+        """Worked out at the first call for such a tensor, and remembered; a forced one is not."""
+        work_out = _plan.__wrapped__ if _forced else _plan
+        return work_out(kind, view, t.dtype, device_of(t.device))
 
     def parts(self, tiles: int, groups: int) -> int:
         """Into how many parts a reduction cuts each of `groups` times `tiles` tiles: one wave of programs."""
         return min(tiles, max(1, self.resident // (groups * self.channel_blocks)))
 
     def run(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        launch(kernel, (programs * self.channel_blocks,), arguments, {**self.constants, **constants}, self.config.warps)
+        launch(kernel, (programs * self.channel_blocks,), arguments, {**constants, "CUT": self.cut}, self.config.warps)
 
     def run_elementwise(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
         self.run(kernel, ceil_div(self.tiles, self.config.unroll), *arguments, **constants)
+
+
+@lru_cache(maxsize=4096)
+def _plan(kind: Pass, view: View, dtype: torch.dtype, device: Device) -> Plan:
+    config = chosen(kind, view, dtype, device)
+    block_p, block_c = blocks(kind, config, view, dtype)
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    cut = Cut(*map(tl.constexpr, (view.channels_last, acc, block_p, block_c, config.unroll, view.row_factor())))
+    tiles, channel_blocks = view.images * ceil_div(view.pixels, block_p), ceil_div(view.channels, block_c)
+    return Plan(config, cut, tiles, channel_blocks, config.programs * device.processors)
+
+
+def forget_plans() -> None:
+    """For whoever changes what is chosen."""
+    _plan.cache_clear()
 
 
 def finish(kernel: Any, groups: int, channels: int, *arguments: Any, **constants: Any) -> None:
@@ -124,18 +108,6 @@ def launch(
 ) -> None:
     """On the current stream of the current device."""
     kernel[grid](*arguments, **constants, num_warps=warps)
-
-
-def gate_strides(gate: Tensor | None) -> tuple[int, int]:
-    """A gate's steps from image to image and from channel to channel; 0 where it has one value for all."""
-    if gate is None:
-        return 0, 0
-    image, channel = (gate.stride(d) if gate.shape[d] > 1 else 0 for d in (0, 1))
-    return image, channel
-
-
-def per_image(gate: Tensor | None) -> bool:
-    return gate is not None and gate.shape[0] > 1
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -6,23 +6,20 @@ relative error by the number of its values, however far out it lies.
 """
 
 # What is decorated is Triton's language, not Python.
-# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
 
 import triton
 import triton.language as tl
 
-from fusedres.backends.triton.constants import load_channels
-from fusedres.backends.triton.tiles import inside, offsets_of, place_of
+from fusedres.backends.triton.tiles import inside, offsets_of, place_of, whole_rows
 
 
 @triton.jit
-def load_pivot(
-    x_ptr, first_channel, pixels, channels, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def load_pivot(x_ptr, first_channel, pixels, channels, CUT: tl.constexpr, BLOCK_C: tl.constexpr):
     """(BLOCK_C,): each channel's first value, or 0 where that is not finite: what means are relative to."""
     channel = first_channel + tl.arange(0, BLOCK_C).to(tl.int64)
-    offsets = channel if CHANNELS_LAST else channel * pixels
-    first = tl.load(x_ptr + offsets, mask=channel < channels, other=0.0).to(ACC)
+    offsets = channel if CUT.channels_last else channel * pixels
+    first = tl.load(x_ptr + offsets, mask=channel < channels, other=0.0).to(CUT.acc)
     return tl.where(first - first == 0, first, 0.0)
 
 
@@ -47,44 +44,33 @@ def merge_all(count, mean, m2):
 
 
 @triton.jit(do_not_specialize=["tiles", "parts"])
-def statistics_parts(
-    x_ptr,
-    parts_ptr,
-    pixels,
-    channels,
-    tiles,
-    parts,
-    CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
+def statistics_parts(x_ptr, parts_ptr, pixels, channels, tiles, parts, CUT: tl.constexpr):
     """count, mean - pivot and sum (x - mean)^2 of every part and channel.
 
-    x: (N, C, pixels) in either order; parts: (3, parts, C) in ACC. Reads x once.
+    x: (N, C, pixels) in either order; parts: (3, parts, C) in acc. Reads x once.
     """
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    pixels, channels = whole_rows(pixels, channels, CUT)
+    channel_blocks = tl.cdiv(channels, CUT.block_c)
     part = tl.program_id(0) // channel_blocks
-    first_channel = tl.program_id(0) % channel_blocks * BLOCK_C
-    pivot = load_pivot(x_ptr, first_channel, pixels, channels, CHANNELS_LAST, ACC, BLOCK_C)
+    first_channel = tl.program_id(0) % channel_blocks * CUT.block_c
+    pivot = load_pivot(x_ptr, first_channel, pixels, channels, CUT, CUT.block_c)
 
-    place = place_of(part, tiles, first_channel, pixels, channels, BLOCK_P)
-    exists = inside(place, BLOCK_P, BLOCK_C)
-    x = tl.load(x_ptr + offsets_of(place, CHANNELS_LAST, BLOCK_P, BLOCK_C), mask=exists, other=0.0).to(ACC)
+    place = place_of(part, tiles, first_channel, pixels, channels, CUT)
+    exists = inside(place, CUT)
+    x = tl.load(x_ptr + offsets_of(place, CUT), mask=exists, other=0.0).to(CUT.acc)
     origin = tl.where(exists & (x - x == 0), x, pivot[None, :])
     deviation = tl.where(exists, x - origin, 0.0)
-    count, total, squares = exists.to(ACC), deviation, deviation * deviation
+    count, total, squares = exists.to(CUT.acc), deviation, deviation * deviation
 
     later_tiles = tl.cdiv(tiles - part, parts) - 1
-    for step in range(tl.cdiv(later_tiles, UNROLL)):
-        for u in tl.static_range(UNROLL):
-            tile = part + (1 + step * UNROLL + u) * parts
-            place = place_of(tile, tiles, first_channel, pixels, channels, BLOCK_P)
-            exists = inside(place, BLOCK_P, BLOCK_C)
-            x = tl.load(x_ptr + offsets_of(place, CHANNELS_LAST, BLOCK_P, BLOCK_C), mask=exists, other=0.0).to(ACC)
+    for step in range(tl.cdiv(later_tiles, CUT.unroll)):
+        for u in tl.static_range(CUT.unroll):
+            tile = part + (1 + step * CUT.unroll + u) * parts
+            place = place_of(tile, tiles, first_channel, pixels, channels, CUT)
+            exists = inside(place, CUT)
+            x = tl.load(x_ptr + offsets_of(place, CUT), mask=exists, other=0.0).to(CUT.acc)
             deviation = tl.where(exists, x - origin, 0.0)
-            count += exists.to(ACC)
+            count += exists.to(CUT.acc)
             total += deviation
             squares += deviation * deviation
 
@@ -93,7 +79,7 @@ def statistics_parts(
     squares = tl.where(squares < 0, 0.0, squares)
     count, mean, m2 = merge_all(count, origin - pivot[None, :] + shift, squares)
 
-    channel = first_channel + tl.arange(0, BLOCK_C)
+    channel = first_channel + tl.arange(0, CUT.block_c)
     row_ptr = parts_ptr + part.to(tl.int64) * channels + channel
     size = parts.to(tl.int64) * channels
     tl.store(row_ptr, count, mask=channel < channels)
@@ -113,47 +99,39 @@ def statistics_finish(
     parts,
     momentum: tl.float64,
     eps: tl.float64,
-    FROM_BATCH: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr,
+    CUT: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The mean's high part, its remainder and 1 / sqrt(var + eps): stats (3, C) in ACC; running statistics move.
+    """The mean's high part, its remainder and 1 / sqrt(var + eps): stats (3, C) in acc; running statistics move.
 
-    The parts are merged in fp64, in an order that depends on their number alone. Without FROM_BATCH the running
-    statistics are taken as they are.
+    The parts are merged in fp64, in an order that depends on their number alone.
     """
     first_channel = tl.program_id(1) * BLOCK_C
     channel = first_channel + tl.arange(0, BLOCK_C)
-    if FROM_BATCH:
-        size = parts.to(tl.int64) * channels
-        count = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float64)
-        mean, m2 = count, count
-        for step in range(tl.cdiv(parts, BLOCK_PARTS)):
-            part = (step * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS))[:, None]
-            exists = (part < parts) & (channel < channels)[None, :]
-            row_ptr = parts_ptr + part.to(tl.int64) * channels + channel[None, :]
-            part_count = tl.load(row_ptr, mask=exists, other=0.0).to(tl.float64)
-            part_mean = tl.load(row_ptr + size, mask=exists, other=0.0).to(tl.float64)
-            part_m2 = tl.load(row_ptr + 2 * size, mask=exists, other=0.0).to(tl.float64)
-            count, mean, m2 = merge(count, mean, m2, part_count, part_mean, part_m2)
-        count, mean, m2 = merge_all(count, mean, m2)
-        pivot = load_pivot(x_ptr, first_channel, pixels, channels, CHANNELS_LAST, ACC, BLOCK_C)
-        mean += pivot.to(tl.float64)
-        var = m2 / tl.maximum(count, 1.0)
-        _move(running_mean_ptr, mean, momentum, channel, channels)
-        _move(running_var_ptr, m2 / tl.maximum(count - 1, 1.0), momentum, channel, channels)
-    else:
-        mean = load_channels(running_mean_ptr, first_channel, channels, 0.0, tl.float64, BLOCK_C)
-        var = load_channels(running_var_ptr, first_channel, channels, 1.0, tl.float64, BLOCK_C)
+    size = parts.to(tl.int64) * channels
+    count = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float64)
+    mean, m2 = count, count
+    for step in range(tl.cdiv(parts, BLOCK_PARTS)):
+        part = (step * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS))[:, None]
+        exists = (part < parts) & (channel < channels)[None, :]
+        row_ptr = parts_ptr + part.to(tl.int64) * channels + channel[None, :]
+        part_count = tl.load(row_ptr, mask=exists, other=0.0).to(tl.float64)
+        part_mean = tl.load(row_ptr + size, mask=exists, other=0.0).to(tl.float64)
+        part_m2 = tl.load(row_ptr + 2 * size, mask=exists, other=0.0).to(tl.float64)
+        count, mean, m2 = merge(count, mean, m2, part_count, part_mean, part_m2)
+    count, mean, m2 = merge_all(count, mean, m2)
+    mean += load_pivot(x_ptr, first_channel, pixels, channels, CUT, BLOCK_C).to(tl.float64)
+    _move(running_mean_ptr, mean, momentum, channel, channels)
+    _move(running_var_ptr, m2 / tl.maximum(count - 1, 1.0), momentum, channel, channels)
 
-    high = mean.to(ACC)
+    high = mean.to(CUT.acc)
     # An infinite mean has no remainder.
     low = tl.where(high - high == 0, mean - high.to(tl.float64), 0.0)
+    rstd = 1 / tl.sqrt(m2 / tl.maximum(count, 1.0) + eps)
     tl.store(stats_ptr + channel, high, mask=channel < channels)
-    tl.store(stats_ptr + channels + channel, low.to(ACC), mask=channel < channels)
-    tl.store(stats_ptr + 2 * channels + channel, (1 / tl.sqrt(var + eps)).to(ACC), mask=channel < channels)
+    tl.store(stats_ptr + channels + channel, low.to(CUT.acc), mask=channel < channels)
+    tl.store(stats_ptr + 2 * channels + channel, rstd.to(CUT.acc), mask=channel < channels)
 
 
 @triton.jit
