@@ -12,14 +12,16 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from _gpu_stage import Run, one_line, release
 from torch import Tensor
 
 from fusedres import dispatch, numerics, testing
-from fusedres.backends import Request
+from fusedres.backends import Request, Window
 from fusedres.bench.timing import Report, graphed
-from fusedres.ops import Norm, bn_act
+from fusedres.ops import Norm, bn_act, bn_act_pool
 
+STEM_SHAPE, STEM_WINDOW = (256, 64, 112, 112), Window((3, 3), (2, 2), (1, 1))
 THREADS, STREAMS = 8, 4
 LISTED = 20
 
@@ -28,7 +30,15 @@ def kernels(run: Run, report: Report) -> list[str]:
     """Every check, each on its own: one that fails, or runs out of memory, leaves the others."""
     checks: dict[str, dict[str, Any]] = {}
     report.data |= {"serves": serving(run), "checks": checks}
-    for check in (shared_cases, same_bits, graph_capture, threads_and_streams, past_2_31, out_of_memory):
+    for check in (
+        shared_cases,
+        same_bits,
+        graph_capture,
+        threads_and_streams,
+        past_2_31,
+        pool_past_2_31,
+        out_of_memory,
+    ):
         try:
             found = check(run)
         except Exception as error:
@@ -52,7 +62,7 @@ def serving(run: Run) -> str:
 
 def shared_cases(run: Run) -> dict[str, Any]:
     """Each case's bar and the pooled one, against eager on this device."""
-    cases = testing.cases(*run.pick((2000,), (20,)), large=run.pick(12, 0))
+    cases = testing.cases(run.pick(2000, 20), large=run.pick(12, 0)) + testing.pool_cases(run.pick(600, 6))
     rows = [row for case in cases for row in numerics.compare(case, run.device)]
     alone = [f"{row.case} {row.quantity}: {row.error} beside {row.eager_error}" for row in rows if row.fails_alone()]
     pooled = [str(pool) for pool in numerics.pools(rows) if pool.fails()] if not run.tiny else []
@@ -72,10 +82,31 @@ class Step:
         self.x.requires_grad_()
         self.r.requires_grad_()
         self.weight, self.bias = (normal(shape[1]).float().requires_grad_() for _ in range(2))
+        self.leaves = self.x, self.r, self.weight, self.bias
 
     def __call__(self) -> list[Tensor]:
         y = bn_act(self.x, Norm(self.weight, self.bias, training=True), residual=self.r)
-        return [y.detach(), *torch.autograd.grad(y, (self.x, self.r, self.weight, self.bias), self.dy)]
+        return [y.detach(), *torch.autograd.grad(y, self.leaves, self.dy)]
+
+
+class Stem:
+    """A network's stem in training: its tensors, and one forward and backward over them."""
+
+    def __init__(self, run: Run, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
+        generator = torch.Generator(run.device).manual_seed(seed)
+
+        def normal(*sizes: int) -> Tensor:
+            return torch.randn(sizes, generator=generator, device=run.device, dtype=dtype)
+
+        pooled = *shape[:2], *STEM_WINDOW.output_size(shape[2], shape[3])
+        self.x, self.dy = (normal(*t).contiguous(memory_format=torch.channels_last) for t in (shape, pooled))
+        self.x.requires_grad_()
+        self.weight, self.bias = (normal(shape[1]).float().requires_grad_() for _ in range(2))
+        self.leaves = self.x, self.weight, self.bias
+
+    def __call__(self) -> list[Tensor]:
+        y = bn_act_pool(self.x, Norm(self.weight, self.bias, training=True), **STEM_WINDOW._asdict())
+        return [y.detach(), *torch.autograd.grad(y, self.leaves, self.dy)]
 
 
 def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
@@ -86,9 +117,9 @@ def same_bits(run: Run) -> dict[str, Any]:
     """Twice the same call."""
     wrong = []
     for shape in run.pick(((64, 256, 56, 56), (64, 2048, 7, 7), (8, 35, 9, 9)), ((2, 8, 4, 4),)):
-        step = Step(run, shape)
-        if not equal(step(), step()):
-            wrong.append(f"two runs over {shape} differ")
+        for step in (Step(run, shape), Stem(run, shape)):
+            if not equal(step(), step()):
+                wrong.append(f"two runs of a {type(step).__name__} over {shape} differ")
     return {"wrong": wrong}
 
 
@@ -96,17 +127,21 @@ def graph_capture(run: Run) -> dict[str, Any]:
     """A captured step, replayed over new contents, equals the step itself."""
     if not run.cuda:
         return {"wrong": [], "what": "needs CUDA"}
-    step = Step(run, run.pick((64, 256, 56, 56), (2, 8, 4, 4)))
-    replay: Callable[[], Any] = graphed(step)
-    with torch.no_grad():
-        step.x.normal_()
-    found = [t.clone() for t in replay()]
-    return {"wrong": [] if equal(found, step()) else ["the replay differs from the step"]}
+    wrong = []
+    for step in (Step(run, (64, 256, 56, 56)), Stem(run, (64, 64, 112, 112))):
+        replay: Callable[[], Any] = graphed(step)
+        with torch.no_grad():
+            step.x.normal_()
+        found = [t.clone() for t in replay()]
+        if not equal(found, step()):
+            wrong.append(f"the replay of a {type(step).__name__} differs from it")
+    return {"wrong": wrong}
 
 
 def threads_and_streams(run: Run) -> dict[str, Any]:
     """Every thread runs its own step on four streams in turn; all must equal what one thread computed."""
-    steps = [Step(run, run.pick((16, 256, 28, 28), (2, 8, 4, 4)), seed=seed) for seed in range(THREADS)]
+    shape = run.pick((16, 256, 28, 28), (2, 8, 4, 4))
+    steps = [(Step, Stem)[seed % 2](run, shape, seed=seed) for seed in range(THREADS)]
     expected = [step() for step in steps]
     if run.cuda:
         torch.cuda.synchronize(run.device)
@@ -176,6 +211,29 @@ def two_images(x: Tensor, r: Tensor, dy: Tensor, y: Tensor) -> list[Tensor]:
         (rstd[:, None, None] * (g(i) - sum_g[:, None, None] - xhat(i) * sum_gx[:, None, None])).float() for i in (0, -1)
     ]
     return [*ys, *dxs]
+
+
+def pool_past_2_31(run: Run) -> dict[str, Any]:
+    """y and dx of the last image of more than 2^31 elements, by running statistics, against eager on that image."""
+    wrong = []
+    shape = run.pick((2800, 64, 112, 112), (4, 8, 6, 6))
+    running = torch.zeros(shape[1], device=run.device), torch.ones(shape[1], device=run.device)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        x = torch.randn(shape, device=run.device, dtype=torch.bfloat16).contiguous(memory_format=memory_format)
+        x.requires_grad_()
+        y = bn_act_pool(x, Norm(None, None, *running), **STEM_WINDOW._asdict())
+        dy = torch.randn_like(y)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        last = x.detach()[-1:].clone().requires_grad_()
+        expected = F.max_pool2d(bn_act(last, Norm(None, None, *running)), *STEM_WINDOW)
+        (expected_dx,) = torch.autograd.grad(expected, last, dy[-1:])
+        for name, found, truth in (("y", y[-1:], expected), ("dx", dx[-1:], expected_dx)):
+            distance = float((found.detach().float() - truth.detach().float()).norm() / truth.detach().float().norm())
+            if not distance < 4e-3:
+                wrong.append(f"{name} in {memory_format}: off by {distance:.1e}")
+        del x, y, dy, dx
+        release(run)
+    return {"wrong": wrong, "what": f"{shape}"}
 
 
 def out_of_memory(run: Run) -> dict[str, Any]:
