@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm, training and inference: eager, channels_last, fusedres, torch.compile, peers."""
+"""Networks of torchvision and timm in training and inference: eager, fusedres, torch.compile and peers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from fusedres.bench import networks
 from fusedres.bench.ceilings import Ceilings
-from fusedres.bench.contestants import ENTRIES, PEERS
+from fusedres.bench.contestants import ENTRIES, FROZEN, OPTIMIZED, PEERS
 from fusedres.bench.work import Work
 
 MODELS = ("resnet18", "resnet50", "timm/resnet50d", "timm/seresnet50")
@@ -42,8 +42,9 @@ def cases(quick: bool) -> dict[str, Work]:
 
 
 def races(quick: bool) -> dict[str, list[str]]:
-    ours = [name for name in ENTRIES if not quick or name != "torch.compile"]
-    return {case: [*ours, *([] if work.training else PEERS)] for case, work in cases(quick).items()}
+    names = [name for name in (*ENTRIES, *PEERS) if not quick or not name.startswith("torch.compile")]
+    trained = [name for name in names if name not in (OPTIMIZED, FROZEN, *PEERS)]
+    return {case: trained if work.training else names for case, work in cases(quick).items()}
 
 
 def test_model(

@@ -16,7 +16,7 @@ from torch import nn
 import fusedres
 from fusedres import cli, machine
 from fusedres.bench import comparison, networks
-from fusedres.bench.contestants import BASELINE, ENTRIES, FUSED, PEERS, Absent
+from fusedres.bench.contestants import BASELINE, ENTRIES, FROZEN, FUSED, OPTIMIZED, PEERS, Absent
 from fusedres.bench.timing import interleave, speedup
 from fusedres.bench.work import Inference, Training, Work, peak_bytes, settle
 from fusedres.swap import Fused
@@ -143,6 +143,24 @@ def test_the_compiled_contestant_agrees(monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: self.register_buffer("compiled", torch.ones(())))
     step = ENTRIES["torch.compile"](small_models.tiny(), work())
     assert "compiled" in dict(step.model.named_buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_optimized_contestant_agrees_and_has_no_training_step(dtype):
+    entries = {name: ENTRIES[name] for name in (BASELINE, OPTIMIZED)}
+    _, result = compared(work(training=False, dtype=dtype), entries).results
+    assert result.absent is None and result.ratio is not None and result.peak_bytes > 0
+    for name in (OPTIMIZED, FROZEN):
+        with pytest.raises(Absent, match="inference only"):
+            ENTRIES[name](small_models.tiny(), work())
+    with pytest.raises(Absent, match="no convolution found"):
+        ENTRIES[OPTIMIZED](nn.Sequential(nn.Linear(3, 3)), work(training=False))
+
+
+def test_a_compiled_model_that_is_not_frozen_is_no_contestant(monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: None)
+    with pytest.raises(Absent, match="did not fold the weights into its graph"):
+        ENTRIES[FROZEN](small_models.tiny(), work(training=False))
 
 
 @pytest.mark.parametrize("name", list(PEERS))

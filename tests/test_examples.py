@@ -68,6 +68,16 @@ def test_finetuning_a_model_of_timm(tmp_path):
     assert "layer1.0.bn1.weight" in torch.load(saved, weights_only=True)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_serving(dtype):
+    sizes = ("--size", 32, "--requests", 4, "--dtype", dtype)
+    printed = run(EXAMPLES / "serve.py", *sizes).splitlines()
+    assert printed[0] == "20 convolutions, 4 plain steps"
+    assert printed[1].startswith("eager: median") and printed[2].startswith("optimized: median")
+    apart = float(printed[3].removeprefix("after loading other weights: ").partition(" ")[0])
+    assert apart < {"fp32": 1e-4, "bf16": 0.05}[dtype]
+
+
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_processes():
     words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, EXAMPLES / "ddp.py")

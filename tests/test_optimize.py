@@ -17,8 +17,9 @@ from torchvision_models import FrozenBatchNorm2d, resnet, torchvision
 
 import fusedres
 from fusedres import dispatch
+from fusedres.backends import Geometry
 from fusedres.inference.flatten import flatten
-from fusedres.inference.steps import Mode
+from fusedres.inference.steps import Convolve, Mode, Plain, Step, arrange
 from fusedres.swap import Optimized
 
 timm = pytest.importorskip("timm")
@@ -268,6 +269,64 @@ def test_a_residual_of_the_plans_own_is_written_in_place() -> None:
     flat = flatten(model, Mode(torch.device("cpu"), torch.float32, False, None))
     assert [step.in_place for step in flat.steps] == [False, False, True]
     assert [step.frees for step in flat.steps] == [(0,), (), (1, 2)]
+
+
+def test_only_the_last_reader_of_what_nobody_else_saw_may_write() -> None:
+    conv, pool = nn.Conv2d(4, 4, 1), nn.MaxPool2d(1)
+    convolve, seen = Convolve(conv, Geometry()), Plain(nn.ReLU())
+
+    def in_place(*steps: tuple[Convolve | Plain, int, int | None]) -> list[bool]:
+        arranged = arrange([Step(*step, index + 1) for index, step in enumerate(steps)], len(steps))
+        return [step.in_place for step in arranged]
+
+    made = (convolve, 0, None), (convolve, 1, None)
+    assert in_place(*made, (convolve, 2, 1)) == [False, False, True]
+    assert in_place(*made, (convolve, 2, 1), (convolve, 3, 1))[2] is False, "it is read again"
+    assert in_place(*made, (convolve, 2, 2))[2] is False, "it is what is convolved"
+    assert in_place(*made, (convolve, 2, 0))[2] is False, "it is the module's input"
+    assert in_place(made[0], (seen, 1, None), (convolve, 2, 1))[2] is False, "a module has seen it"
+    assert in_place(made[0], (Plain(pool), 1, None), (convolve, 1, 2))[2] is True
+
+
+class OneConvolution(nn.Module):
+    """What is convolved is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)) + x)
+
+
+def test_a_block_of_one_convolution_does_not_write_into_what_it_reads() -> None:
+    model = make(lambda: nn.Sequential(nn.Conv2d(4, 4, 1), OneConvolution(), OneConvolution()))
+    ours, report = optimized(model)
+    assert len(report.convolutions) == 3
+    x = images(6, 4)
+    torch.testing.assert_close(outputs(ours, x), outputs(model, x))
+
+
+@pytest.mark.parametrize("block", [user_blocks.Cifar, user_blocks.Tutorial, user_blocks.Gated, user_blocks.ReZero])
+def test_under_autocast_a_block_promotes_as_eager_does(block: Callable[[], nn.Module]) -> None:
+    """The identity is fp32 where the branch is bf16, and so are LayerScale's factors."""
+    model = make(block)
+    ours, _ = optimized(model)
+    x = images(6, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = outputs(ours, x), outputs(model, x)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=5e-2)
+
+
+def test_a_convolution_of_another_dtype_gets_eagers_error() -> None:
+    model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3).double()))
+    ours, _ = optimized(model)
+    with pytest.raises(RuntimeError) as theirs:
+        outputs(model, images(8))
+    with pytest.raises(RuntimeError) as found:
+        outputs(ours, images(8))
+    assert str(found.value) == str(theirs.value)
 
 
 class Broadcasts(nn.Module):

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedres import fusion
+from fusedres import fusion, optimization
 from fusedres.bench.work import Inference, Step, Training, Work
 
 BASELINE = "eager"
 CHANNELS_LAST = "eager channels_last"
 FUSED = "fusedres"
 REMEDY = "pip install 'fusedres[peers]'"
+OPTIMIZED = "fusedres.optimize"
+FROZEN = "torch.compile, freezing"
 
 
 class Absent(Exception):  # noqa: N818  it is an answer
@@ -52,6 +54,45 @@ def _compiled(model: nn.Module, work: Work) -> Step:
     return step_of(twin, images, work)
 
 
+def _optimized(model: nn.Module, work: Work) -> Step:
+    _need_inference(work)
+    twin, images = in_channels_last(model, work)
+    report = optimization.optimize(twin.eval())
+    if not report.convolutions:
+        raise Absent(str(report))
+    return step_of(twin, images, work)
+
+
+def _frozen(model: nn.Module, work: Work) -> Step:
+    _need_inference(work)
+    twin, images = in_channels_last(model, work)
+    # The option keeps its graphs apart from the unfrozen contestant's, and the setting makes Dynamo freeze.
+    twin.eval().compile(dynamic=False, options={"freezing": True})
+    from torch._inductor import config
+
+    def forward(x: Tensor) -> Tensor:
+        with config.patch(freezing=True):
+            return twin(x)
+
+    step = Inference(forward, images, work)
+    _check_folded(twin, step)
+    return step
+
+
+def _check_folded(model: nn.Module, step: Step) -> None:
+    """A frozen graph has its own copy of the weights."""
+    weight = next((parameter for parameter in model.parameters() if parameter.dim() == 4), None)
+    if weight is None:
+        return
+    with torch.no_grad():
+        before, kept = step.outcome()["outputs"], weight.clone()
+        weight.zero_()
+        after = step.outcome()["outputs"]
+        weight.copy_(kept)
+    if not all(torch.equal(y, after[name]) for name, y in before.items()):
+        raise Absent("torch.compile did not fold the weights into its graph")
+
+
 def in_channels_last(model: nn.Module, work: Work) -> tuple[nn.Module, Tensor]:
     twin = copy.deepcopy(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return twin, work.images().contiguous(memory_format=torch.channels_last)
@@ -61,11 +102,15 @@ def step_of(model: nn.Module, images: Tensor, work: Work) -> Step:
     return Training(model, images, work) if work.training else Inference(model.eval(), images, work)
 
 
+def _need_inference(work: Work) -> None:
+    if work.training:
+        raise Absent("inference only")
+
+
 def _require(package: str, work: Work, *dtypes: torch.dtype) -> Any:
     if find_spec(package) is None:
         raise Absent(f"{package} is not installed; {REMEDY}")
-    if work.training:
-        raise Absent("inference only")
+    _need_inference(work)
     if work.device.type != "cpu":
         raise Absent("compared on CPUs only")
     if work.dtype not in dtypes:
@@ -111,6 +156,8 @@ ENTRIES: dict[str, Entry] = {
     BASELINE: _plain,
     CHANNELS_LAST: _channels_last,
     FUSED: _fused,
+    OPTIMIZED: _optimized,
     "torch.compile": _compiled,
+    FROZEN: _frozen,
 }
 PEERS: dict[str, Entry] = {"onnxruntime": _onnxruntime, "openvino": _openvino}

@@ -27,20 +27,16 @@ def serve(module: nn.Module, x: Tensor, own: Callable[[Tensor], Tensor]) -> Tens
         return own(x)
     mode = _objection(module, x) or mode_of(module, x)
     if dispatch.recorder is None:
-        return own(x) if isinstance(mode, str) else _run(module, mode, x, own)
+        return own(x) if isinstance(mode, str) else _run(module, mode, x)
     with dispatch.recorder.inside(module, mode if isinstance(mode, str) else None):
-        return own(x) if isinstance(mode, str) else _run(module, mode, x, own)
+        return own(x) if isinstance(mode, str) else _run(module, mode, x)
 
 
-def _run(module: nn.Module, mode: Mode, x: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+def _run(module: nn.Module, mode: Mode, x: Tensor) -> Tensor:
     found = _programs.get(module, _NOTHING).get(mode)
-    try:
-        if found is None or not found.watch.is_unchanged(module):
-            return _make(module, mode, x)
-        return found(x)
-    except RuntimeError:
-        own(x)  # where the input is to blame, this raises eager's own error
-        raise
+    if found is None or not found.watch.is_unchanged(module):
+        return _make(module, mode, x)
+    return found(x)
 
 
 _NOTHING: dict[Mode, Program] = {}

@@ -103,8 +103,7 @@ def _convolve(operation: Convolve, step: Step, sizes: torch.Size, mode: Mode) ->
     backend = backend_of(operation, mode)
     assert backend is not None and backend.convolution is not None
     convolution, parts = backend.convolution, operation.parts
-    with torch.inference_mode(False), torch.no_grad():  # what is packed outlives the call
-        taps = convolution.pack(folding.fold(operation, mode.dtype), operation.geometry, sizes, parts is not None)
+    taps = convolution.pack(folding.fold(operation, mode.dtype), operation.geometry, sizes, parts is not None)
     dtype = mode.dtype if mode.autocast else None
     if parts is None:
         return partial(_alone, convolution, taps, operation, dtype)
