@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, itemgetter
 
-from torch import nn
+from torch import Tensor, nn
 
 from fusedres.epilogue import of_module
 from fusedres.modules import is_batch_norm
@@ -13,7 +14,8 @@ from fusedres.residual import Host, hosts_objection
 
 Hosts = Sequence[tuple[nn.Module | None, tuple[Host, ...]]]
 
-_GEOMETRY = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
+_GEOMETRY = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
+_EPS, _TRAINING, _VERSION = itemgetter("eps"), itemgetter("training"), attrgetter("_version")
 
 
 class Watch:
@@ -26,22 +28,13 @@ class Watch:
 
     def __init__(self, root: nn.Module, hosts: Hosts) -> None:
         modules = list(root.modules())
-        self._below = modules[1:]
+        self._below = below = modules[1:]
         self._children = [module._modules for module in modules]
-        self._vars = [module.__dict__ for module in self._below]
-        self._hooks = [
-            hooks
-            for module in self._below
-            for hooks in (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-        ]
-        self._convs = [module for module in self._below if isinstance(module, nn.Conv2d)]
-        self._norms = [module for module in self._below if is_batch_norm(module)]
-        self._acts = [module for module in self._below if isinstance(module, nn.LeakyReLU | nn.GELU)]
+        self._vars = [vars(module) for module in below]
+        self._hooks = [hooks for module in below for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._convs = [vars(module) for module in below if isinstance(module, nn.Conv2d)]
+        self._norms = [vars(module) for module in below if is_batch_norm(module)]
+        self._acts = [module for module in below if isinstance(module, nn.LeakyReLU | nn.GELU)]
         self._hosts = hosts
         self._tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
         self._seen = self._look(root)
@@ -51,23 +44,23 @@ class Watch:
         return self._look(root) == self._seen
 
     def _look(self, root: nn.Module) -> tuple[list[object], ...]:
-        below = self._below
+        # Every call pays for this: builtins over lists, no Python for each module.
         return (
-            [id(child) for children in self._children for child in children.values()],
-            [module.__class__ for module in below],
-            [module.training for module in below],
-            [True for hooks in self._hooks if hooks],
-            [True for names in self._vars if "forward" in names],
-            [_GEOMETRY(conv) for conv in self._convs],
-            [norm.eps for norm in self._norms],
-            [of_module(act) for act in self._acts],
+            [*map(id, chain.from_iterable(map(dict.values, self._children)))],
+            [*map(type, self._below)],
+            [*map(_TRAINING, self._vars)],
+            [*map(len, self._hooks)] if any(self._hooks) else [],
+            ["forward" for names in self._vars if "forward" in names],
+            [*map(_GEOMETRY, self._convs)],
+            [*map(_EPS, self._norms)],
+            [*map(of_module, self._acts)],
             [hosts_objection(root if module is None else module, hosts) for module, hosts in self._hosts],
-            self._states(),
+            *self._states(),
         )
 
-    def _states(self) -> list[object]:
-        held = [t for tensors in self._tensors for t in tensors.values() if t is not None]
+    def _states(self) -> tuple[list[object], ...]:
+        held = [t for t in chain.from_iterable(map(dict.values, self._tensors)) if t is not None]
         try:
-            return [(id(t), t._version, t.data_ptr()) for t in held]
+            return [*map(id, held)], [*map(_VERSION, held)], [*map(Tensor.data_ptr, held)]
         except RuntimeError:  # one made in inference mode has no version: it is never known to be unchanged
-            return [object()]
+            return ([object()],)
