@@ -124,6 +124,7 @@ class Usage:
     loads: int
     wide_stores: int
     stores: int
+    single: int  # accesses to one 16-bit element
 
 
 @dataclass(frozen=True)
@@ -244,8 +245,9 @@ def usage(cubin: bytes) -> Usage:
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", resources)}
     loads, stores = (re.findall(rf"\b{op}\.E\S*", code) for op in ("LDG", "STG"))
     wide_loads, wide_stores = (sum(".128" in name for name in names) for names in (loads, stores))
-    spilled = numbers["STACK"] + numbers["LOCAL"]
-    return Usage(numbers["REG"], spilled, numbers["SHARED"], wide_loads, len(loads), wide_stores, len(stores))
+    spilled, single = numbers["STACK"] + numbers["LOCAL"], sum(".U16" in name for name in loads + stores)
+    counts = wide_loads, len(loads), wide_stores, len(stores), single
+    return Usage(numbers["REG"], spilled, numbers["SHARED"], *counts)
 
 
 def matrix() -> Iterator[tuple[Form, torch.dtype, int]]:
@@ -274,13 +276,14 @@ def table(form: Form, dtype: torch.dtype, rows: list[Compiled]) -> Iterator[str]
         "programs",
         "128-bit loads",
         "128-bit stores",
+        "16-bit accesses",
     )
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"
     for row in rows:
         used = row.usage
         programs = f"{row.resident()} / {row.planned or '-'}"
-        memory = f"{used.wide_loads} of {used.loads} | {used.wide_stores} of {used.stores}"
+        memory = f"{used.wide_loads} of {used.loads} | {used.wide_stores} of {used.stores} | {used.single}"
         yield (
             f"| {row.kernel} | sm_{row.capability} | {row.warps} | {used.registers} | {used.spilled_bytes} | "
             f"{used.shared_bytes} | {programs} | {memory} |"
@@ -303,10 +306,11 @@ def document() -> Iterator[str]:
     for (form, dtype), rows in groups.items():
         yield from table(form, dtype, rows)
     yield from ("", "## AMD", "", "Compiled, never run: the backend objects to these devices.", "")
-    yield "| target | kernels of a block's end |"
-    yield "|---|---|"
+    yield "| target | kernels of a block's end | of a stem |"
+    yield "|---|---|---|"
     for target in AMD:
-        yield f"| {target} | {compiled_for_amd(BLOCK_END, torch.bfloat16, target)} |"
+        end, stem = (compiled_for_amd(form, torch.bfloat16, target) for form in (BLOCK_END, STEM))
+        yield f"| {target} | {end} | {stem} |"
 
 
 def main() -> None:

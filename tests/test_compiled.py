@@ -68,9 +68,18 @@ def test_rows_that_are_not_aligned_have_no_wide_access() -> None:
     assert rows and not any(row.usage.wide_loads + row.usage.wide_stores for row in rows)
 
 
+def test_rows_that_4_divides_are_gone_through_in_vectors() -> None:
+    planes = {form.name: form for form in FORMS if not form.channels_last}
+    found = {name: compiled.compiled(planes[name], torch.bfloat16, 90) for name in ("planes of 14 x 14", "odd planes")}
+    single = {name: [row.usage.single for row in rows if row.planned] for name, rows in found.items()}
+    assert max(single["planes of 14 x 14"]) <= 2  # the pivots of statistics
+    assert min(single["odd planes"]) > 8
+
+
 @pytest.mark.parametrize("target", AMD)
 def test_the_kernels_compile_for_amd(target: str) -> None:
-    assert compiled_for_amd(BLOCK_END, torch.bfloat16, target) == 6
+    for form in (BLOCK_END, STEM):
+        assert compiled_for_amd(form, torch.bfloat16, target) == 6
 
 
 def test_the_matrix_has_every_architecture_form_and_dtype() -> None:
