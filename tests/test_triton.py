@@ -32,6 +32,9 @@ def test_a_request_that_fits_is_taken(machine) -> None:
             residual = request._replace(residual_dtype=dtype, residual_layout=layout)
             assert triton.objection(request) is triton.objection(residual) is None
     assert dispatch.objection(triton.BACKEND, FITS) is None
+    pooled = FITS._replace(op="bn_act_pool", window_positions=255)
+    assert dispatch.objection(triton.BACKEND, pooled) is None
+    assert dispatch.objection(triton.BACKEND, pooled._replace(window_positions=256)) is not None
 
 
 OPERANDS = {
