@@ -17,6 +17,7 @@ from fusedres.backends.triton.gradients import gate_finish, gradient_apply, grad
 from fusedres.backends.triton.launch import Plan, finish
 from fusedres.backends.triton.pool import Pool
 from fusedres.backends.triton.view import View, accumulation_dtype
+from fusedres.epilogue import RELU
 
 
 class Saved(NamedTuple):
@@ -72,6 +73,9 @@ def backward(saved: Saved, needs: list[bool]) -> tuple[Tensor, ...]:
     slopes_r = dy.new_empty((2, view.channels), dtype=dtype) if r_from_batch else None
     view = view if gate.per_image() or saved.pool is not None else view.merged()
     of_x, of_r = need_weight or need_gate or x_from_batch, need_weight_r or r_from_batch
+    if of_x and (x_from_batch or not need_x) and _is_relu_of_x(saved):
+        # Every pass reads x anyway: z's sign costs less than reading y.
+        saved = saved._replace(slope=saved.slope._replace(y=None))
     if of_x or of_r or need_bias or need_bias_r:
         sums = sum_gradients(saved, view, of_x, of_r)
         if need_weight or need_bias or x_from_batch:
@@ -83,6 +87,11 @@ def backward(saved: Saved, needs: list[bool]) -> tuple[Tensor, ...]:
     if need_x or need_r:
         apply_gradients(saved, view, slopes, slopes_r, dx if need_x else None, dr if need_r else None)
     return dx, dweight, dbias, dr, dweight_r, dbias_r, dgate
+
+
+def _is_relu_of_x(saved: Saved) -> bool:
+    """Whether the slope is that of a ReLU of what x alone makes."""
+    return saved.act == RELU.code and saved.slope.mask is None and saved.r.data is None and saved.pool is None
 
 
 def sum_gradients(saved: Saved, view: View, of_x: bool, of_r: bool) -> Sums:
