@@ -57,6 +57,8 @@ SERVERS = (
     Contestant("compile", compile_mode="default", amp=False),
     SERVED_FUSED,
     Contestant("fused-graph", library="fusedres", amp=False, graph=True),
+    Contestant("optimized", amp=False, optimized=True),
+    Contestant("optimized-graph", amp=False, graph=True, optimized=True),
 )
 SERVERS_AUTOTUNED = (SERVED, SERVED_FUSED, Contestant("max-autotune", compile_mode="max-autotune", amp=False))
 

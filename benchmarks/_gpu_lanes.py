@@ -12,6 +12,7 @@ import torch
 from _gpu_stage import Model, Run, batch, gradients, import_torchvision, sgd, training_step
 from torch.utils.checkpoint import checkpoint
 
+import fusedres
 from fusedres.bench.timing import graphed
 
 Outcome = dict[str, torch.Tensor]
@@ -28,6 +29,7 @@ class Contestant:
     compile_mode: str | None = None
     amp: bool = True
     graph: bool = False
+    optimized: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def new_lane(contestant: Contestant, task: Task) -> Lane:
     model.load_state_dict(task.state)
     dtype = torch.float32 if contestant.amp else torch.bfloat16
     model = model.to(task.images.device, dtype, memory_format=torch.channels_last).train(task.training)
+    if contestant.optimized:
+        fusedres.optimize(model)
     call: Model = model
     if contestant.compile_mode:  # fullgraph: a graph break is an error, never a silent return to eager
         call = torch.compile(model, mode=contestant.compile_mode, fullgraph=True, dynamic=False)

@@ -474,6 +474,18 @@ def test_a_plan_made_in_inference_mode_serves_outside_of_it_and_the_other_way_ro
         assert_close(model(images(1, 3, 8, 8).mul_(0)), eager(torch.zeros(1, 3, 8, 8)))
 
 
+def test_a_plan_is_not_made_in_a_cuda_graphs_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = pair()
+    x = images()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with torch.no_grad():
+        model(x)
+        model[0].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="has no plan yet for this mode"):
+            model(x)
+
+
 def test_parameters_made_in_inference_mode_have_no_version_and_are_read_every_time() -> None:
     with torch.inference_mode():
         model = network()

@@ -47,8 +47,15 @@ def _make(module: nn.Module, mode: Mode, x: Tensor) -> Tensor:
         found = _programs.get(module, _NOTHING).get(mode)
         if found is not None and found.watch.is_unchanged(module):  # another thread was faster
             return found(x)
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "an optimized model has no plan yet for this mode, and weights packed in a CUDA graph's capture would "
+                "be its own; call optimize(model, example=x), or the model once, before the capture"
+            )
         program = Program(module, mode)
         y = program.bind(x)
+        if mode.device.type == "cuda":  # other streams read what was packed as soon as it is published
+            torch.cuda.current_stream(mode.device).synchronize()
         _programs[module] = {**_programs.get(module, _NOTHING), mode: program}
         return y
 
