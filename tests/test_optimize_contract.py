@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision_models import resnet
 
 import fusedres
-from fusedres import dispatch, inference
+from fusedres import dispatch, families, inference
 from fusedres.inference.program import Program
+from fusedres.residual import Residual, Stage
 from fusedres.swap import Fused, Optimized
 
 
@@ -207,6 +208,57 @@ def test_what_has_changed_is_noticed_at_the_next_call(name: str, monkeypatch: py
         with counting(monkeypatch) as seen:
             assert_close(model(x), eager(x))
         assert seen == ["made"]
+
+
+def test_what_was_folded_is_held_with_its_memory_until_the_next_call() -> None:
+    """Or another parameter could have the old one's identity, address and version."""
+    model, _ = pair()
+    replaced, moved = weakref.ref(model[0].weight), model[7].weight.untyped_storage()._weak_ref()
+    model[0].weight = nn.Parameter(torch.zeros_like(model[0].weight))
+    model[7].weight.data = torch.zeros_like(model[7].weight)
+    gc.collect()
+    assert replaced() is not None and not torch.UntypedStorage._expired(moved)
+    with torch.no_grad():
+        model(images())
+    gc.collect()
+    assert replaced() is None and torch.UntypedStorage._expired(moved)
+    torch.UntypedStorage._free_weak_ref(moved)
+
+
+class Euler(nn.Module):
+    """x + step * f(x), the step an attribute."""
+
+    def __init__(self, step: float | Tensor) -> None:
+        super().__init__()
+        self.conv, self.norm, self.step = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) * self.step + x
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("step", [0.5, torch.tensor(0.5), torch.tensor([0.5])], ids=["number", "tensor", "of one"])
+def test_a_step_that_is_no_parameter_is_folded_and_watched(
+    step: float | Tensor, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    residual = Residual((Stage("conv", "norm"),), shortcut="", gate="step", adds_in_place=False)
+    fusedres.register_family(Euler, "euler")(lambda block: residual)
+    eager = (Euler(step) if alone else nn.Sequential(Euler(step))).eval()
+    randomise(eager)
+    model = copy.deepcopy(eager)
+    report = fusedres.optimize(model)
+    assert [line.step.removeprefix("0.") for line in report.lines] == ["conv+norm+gate+add"]
+    x = images(2, 4, 6, 6)
+    with torch.no_grad():
+        assert_close(model(x), eager(x))
+        for module in (model, eager):
+            block = module if alone else module[0]
+            if isinstance(step, Tensor):
+                block.step.mul_(3)
+            else:
+                block.step = 1.5
+        assert_close(model(x), eager(x))
 
 
 def test_what_has_not_changed_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

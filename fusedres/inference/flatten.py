@@ -29,10 +29,11 @@ _Part = nn.Module | Call | Parts | Plain
 
 
 class Flat(NamedTuple):
-    """A module's steps; and the modules whose settings they rest on, None standing for the module itself."""
+    """A module's steps, and what they rest on: modules' settings and gates, None standing for the module itself."""
 
     steps: tuple[Step, ...]
     hosts: tuple[tuple[nn.Module | None, tuple[Host, ...]], ...]
+    gates: tuple[tuple[nn.Module | None, str], ...]
 
     @property
     def convolutions(self) -> int:
@@ -49,10 +50,11 @@ class _Flattening:
         self._root, self._mode = root, mode
         self._steps: list[Step] = []
         self._hosts: list[tuple[nn.Module | None, tuple[Host, ...]]] = []
+        self._gates: list[tuple[nn.Module | None, str]] = []
 
     def flat(self) -> Flat:
         result = self._emit(list(self._parts(self._root)), 0)
-        return Flat(arrange(self._steps, result), tuple(self._hosts))
+        return Flat(arrange(self._steps, result), tuple(self._hosts), tuple(self._gates))
 
     def _parts(self, module: nn.Module) -> Iterator[_Part]:
         """What a module calls in order: modules with nothing below them, functions and blocks."""
@@ -76,6 +78,8 @@ class _Flattening:
             parts = resolve(module, residual)
             if isinstance(parts, Parts):
                 self._rest_on(module, residual.hosts)
+                if residual.gate is not None:
+                    self._gates.append((None if is_root else module, residual.gate))
                 yield parts
                 return
             reason = parts

@@ -36,7 +36,7 @@ class Program:
     def __init__(self, module: nn.Module, mode: Mode, flat: Flat | None = None) -> None:
         self.mode = mode
         self.flat = flatten(module, mode) if flat is None else flat
-        self.watch = Watch(module, self.flat.hosts)
+        self.watch = Watch(module, self.flat.hosts, self.flat.gates)
         weights = [step.operation.conv.weight for step in self.flat.steps if isinstance(step.operation, Convolve)]
         self._writes_channels_last = any(_is_channels_last(weight) for weight in weights)
         self._bound: tuple[Bound, ...] = ()

@@ -13,6 +13,7 @@ from fusedres.modules import is_batch_norm
 from fusedres.residual import Host, hosts_objection
 
 Hosts = Sequence[tuple[nn.Module | None, tuple[Host, ...]]]
+Gates = Sequence[tuple[nn.Module | None, str]]
 
 _GEOMETRY = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _EPS, _TRAINING, _VERSION = itemgetter("eps"), itemgetter("training"), attrgetter("_version")
@@ -26,7 +27,7 @@ class Watch:
     through `.data` that leaves the address alone has no version, and is not.
     """
 
-    def __init__(self, root: nn.Module, hosts: Hosts) -> None:
+    def __init__(self, root: nn.Module, hosts: Hosts, gates: Gates) -> None:
         modules = list(root.modules())
         self._below = below = modules[1:]
         self._children = [module._modules for module in modules]
@@ -35,9 +36,11 @@ class Watch:
         self._convs = [vars(module) for module in below if isinstance(module, nn.Conv2d)]
         self._norms = [vars(module) for module in below if is_batch_norm(module)]
         self._acts = [module for module in below if isinstance(module, nn.LeakyReLU | nn.GELU)]
-        self._hosts = hosts
+        self._hosts, self._gates = hosts, gates
         self._tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
         self._seen = self._look(root)
+        # Held with their memory: neither identity nor address may come again while they are compared.
+        self._kept = [(t, t.detach()) for t in self._held(root)]
 
     def is_unchanged(self, root: nn.Module) -> bool:
         """Whether all is as it was when the watch began."""
@@ -55,12 +58,20 @@ class Watch:
             [*map(_EPS, self._norms)],
             [*map(of_module, self._acts)],
             [hosts_objection(root if module is None else module, hosts) for module, hosts in self._hosts],
-            *self._states(),
+            *self._states(root),
         )
 
-    def _states(self) -> tuple[list[object], ...]:
-        held = [t for t in chain.from_iterable(map(dict.values, self._tensors)) if t is not None]
+    def _states(self, root: nn.Module) -> tuple[list[object], ...]:
+        held = self._held(root)
+        numbers = [gate for gate in self._values(root) if not isinstance(gate, Tensor)]
         try:
-            return [*map(id, held)], [*map(_VERSION, held)], [*map(Tensor.data_ptr, held)]
+            return numbers, [*map(id, held)], [*map(_VERSION, held)], [*map(Tensor.data_ptr, held)]
         except RuntimeError:  # one made in inference mode has no version: it is never known to be unchanged
             return ([object()],)
+
+    def _held(self, root: nn.Module) -> list[Tensor]:
+        held = [t for t in chain.from_iterable(map(dict.values, self._tensors)) if t is not None]
+        return held + [gate for gate in self._values(root) if isinstance(gate, Tensor)]
+
+    def _values(self, root: nn.Module) -> list[object]:
+        return [getattr(root if module is None else module, name) for module, name in self._gates]
