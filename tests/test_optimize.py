@@ -1,4 +1,4 @@
-"""optimize(model): every family against fp64 and its own forward, what the plan does, and what the report says."""
+"""optimize(model): what is folded, what is written in place, the report, and bad input."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import copy
 import json
 from collections.abc import Callable
 
-import hugging_face
 import pytest
 import torch
 import torch.nn.functional as F
 import user_blocks
-from eager import randomise
+from optimized import batch, make, optimized, outputs
 from torch import Tensor, nn
-from torchvision_models import FrozenBatchNorm2d, resnet, torchvision
+from torchvision_models import FrozenBatchNorm2d, resnet
 
 import fusedres
 from fusedres import dispatch
@@ -21,170 +20,6 @@ from fusedres.backends import Geometry
 from fusedres.inference.flatten import flatten
 from fusedres.inference.steps import Convolve, Mode, Plain, Step, arrange
 from fusedres.swap import Optimized
-
-timm = pytest.importorskip("timm")
-
-FP64_BAR = 1e-12
-FP32_SLACK = 4.0
-
-
-def make(build: Callable[[], nn.Module]) -> nn.Module:
-    model = build().eval()
-    randomise(model)
-    return model
-
-
-def images(size: int = 32, channels: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(2, channels, size, size, dtype=dtype)
-
-
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x)
-
-
-def optimized(model: nn.Module) -> tuple[nn.Module, fusedres.optimization.Optimization]:
-    twin = copy.deepcopy(model)
-    return twin, fusedres.optimize(twin)
-
-
-def error(y: Tensor, exact: Tensor) -> float:
-    return ((y.double() - exact).norm() / exact.norm()).item()
-
-
-def basic(*layers: int) -> Callable[[], nn.Module]:
-    return lambda: resnet.ResNet(resnet.BasicBlock, list(layers), num_classes=7)
-
-
-def bottleneck(**settings: int) -> Callable[[], nn.Module]:
-    return lambda: resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=7, **settings)
-
-
-def of_timm(name: str, **settings: object) -> Callable[[], nn.Module]:
-    return lambda: timm.create_model(name, num_classes=7, **settings)
-
-
-class Functional(nn.Module):
-    """Functions where others have modules, and a helper that calls half of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4)
-        self.block = user_blocks.Cifar(4, 6, 2)
-        self.fc = nn.Linear(6, 2)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.block(F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
-
-
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "resnet": basic(2, 1, 1, 1),
-    "bottleneck": bottleneck(),
-    "resnext": bottleneck(groups=4, width_per_group=16),
-    "wide": bottleneck(width_per_group=96),
-    "dilated": lambda: resnet.ResNet(
-        resnet.Bottleneck, [1, 1, 2, 2], num_classes=7, replace_stride_with_dilation=[False, True, True]
-    ),
-    "own": lambda: fusedres.models.cifar_resnet18(num_classes=7),
-    "timm tiered, avg_down": of_timm("resnet10t"),
-    "timm se": of_timm("seresnet18", drop_path_rate=0.1),
-    "timm eca": of_timm("ecaresnet26t"),
-    "timm blur": of_timm("resnetblur18"),
-    "functional": Functional,
-    "mobilenet": lambda: torchvision.models.mobilenet_v2(num_classes=7),
-}
-# fp32 says the same of the others in less time
-IN_FP64 = [family for family in FAMILIES if family not in ("timm eca", "mobilenet", "wide", "resnext")]
-
-
-@pytest.mark.parametrize("family", IN_FP64)
-def test_fp64_is_eagers_to_the_last_digits(family: str) -> None:
-    model = make(FAMILIES[family]).double()
-    ours, _ = optimized(model)
-    x = images(dtype=torch.float64)
-    expected = outputs(model, x)
-    assert isinstance(ours, Optimized)
-    torch.testing.assert_close(outputs(ours, x), expected, rtol=0, atol=1e3 * FP64_BAR * expected.abs().max().item())
-
-
-@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_fp32_and_bf16_keep_to_eagers_error(family: str, order: torch.memory_format) -> None:
-    model = make(FAMILIES[family])
-    ours, report = optimized(model)
-    x = images().contiguous(memory_format=order)
-    before = x.clone()
-    exact = outputs(copy.deepcopy(model).double(), x.double())
-    assert error(outputs(ours, x), exact) <= FP32_SLACK * error(outputs(model, x), exact) + 4 * torch.finfo().eps
-    with torch.autocast("cpu", torch.bfloat16):
-        half, theirs = outputs(ours, x), outputs(model, x)
-    assert half.dtype == theirs.dtype
-    assert error(half, exact) <= 1.5 * error(theirs, exact) + torch.finfo(torch.bfloat16).eps
-    assert torch.equal(x, before), "the input was written to"
-    assert report.convolutions and all(line.backend == "onednn" for line in report.convolutions)
-
-
-def test_bf16_is_on_average_no_worse_than_eagers() -> None:
-    total = {"ours": 0.0, "eager": 0.0}
-    for seed in range(8):
-        torch.manual_seed(seed)
-        model = make(basic(1, 1, 1, 1))
-        ours, _ = optimized(model)
-        x = images()
-        exact = outputs(copy.deepcopy(model).double(), x.double())
-        with torch.autocast("cpu", torch.bfloat16):
-            total["ours"] += error(outputs(ours, x), exact)
-            total["eager"] += error(outputs(model, x), exact)
-    assert total["ours"] <= 1.1 * total["eager"]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_model_of_another_dtype_runs_in_it(dtype: torch.dtype) -> None:
-    model = make(basic(1, 1, 1, 1)).to(dtype)
-    ours, _ = optimized(model)
-    x = images(dtype=dtype)
-    exact = outputs(copy.deepcopy(model).double(), x.double())
-    y, theirs = outputs(ours, x), outputs(model, x)
-    assert y.dtype == theirs.dtype == dtype
-    assert error(y, exact) <= 1.5 * error(theirs, exact) + 2 * torch.finfo(dtype).eps
-
-
-ONE_TENSOR = [block for block in user_blocks.UNPROVEN if block is not user_blocks.ReturnsTwo]
-
-
-@pytest.mark.parametrize("block", [*user_blocks.PROVEN, *ONE_TENSOR], ids=lambda block: block.__name__)
-def test_hand_written_blocks_in_a_chain(block: Callable[[], nn.Module]) -> None:
-    def build() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), block(), nn.Identity())
-
-    model = make(build).double()
-    ours, report = optimized(model)
-    x = images(6, dtype=torch.float64)
-    expected = outputs(copy.deepcopy(model), x.clone())
-    torch.testing.assert_close(outputs(ours, x), expected, rtol=1e-11, atol=1e-11)
-    proven = block in user_blocks.PROVEN
-    assert proven == (not any(line.step == "3" for line in report.plain))
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(
-    "layer",
-    [
-        lambda stride: hugging_face.modeling().ResNetBasicLayer(4, 6, stride),
-        lambda stride: hugging_face.modeling().ResNetBottleNeckLayer(4, 8, stride),
-        lambda stride: hugging_face.modeling().ResNetConvLayer(4, 6, 3, stride),
-    ],
-    ids=["basic", "bottleneck", "layer"],
-)
-def test_layers_of_transformers(layer: Callable[[int], nn.Module], stride: int) -> None:
-    model = make(lambda: layer(stride)).double()
-    ours, report = optimized(model)
-    x = images(8, 4, torch.float64)
-    torch.testing.assert_close(outputs(ours, x), outputs(model, x), rtol=1e-12, atol=1e-12)
-    assert not report.plain
 
 
 def block_of(norm: Callable[[int], nn.Module], **settings: object) -> Callable[[], nn.Module]:
@@ -217,7 +52,7 @@ BLOCKS = {
 def test_norms_and_paddings_that_fold_and_that_do_not(name: str) -> None:
     model = make(BLOCKS[name]).double()
     ours, _ = optimized(model)
-    x = images(8, 4, torch.float64)
+    x = batch(8, 4, torch.float64)
     torch.testing.assert_close(outputs(ours, x), outputs(model, x), rtol=1e-12, atol=1e-12)
 
 
@@ -225,7 +60,7 @@ def test_frozen_norms_under_autocast_promote_as_eager_does() -> None:
     model = make(BLOCKS["frozen"])
     ours, _ = optimized(model)
     with torch.autocast("cpu", torch.bfloat16):
-        y, expected = outputs(ours, images(8, 4)), outputs(model, images(8, 4))
+        y, expected = outputs(ours, batch(8, 4)), outputs(model, batch(8, 4))
     assert y.dtype == expected.dtype
 
 
@@ -237,7 +72,7 @@ def test_the_output_has_the_layout_that_eager_gives(
 ) -> None:
     model = make(BLOCKS["no weights"]).to(dtype).to(memory_format=order)  # pyright: ignore[reportCallIssue]
     ours, _ = optimized(model)
-    x = images(8, 4, dtype).contiguous(memory_format=x_order)
+    x = batch(8, 4, dtype).contiguous(memory_format=x_order)
     assert outputs(ours, x).stride() == outputs(model, x).stride()
 
 
@@ -255,7 +90,7 @@ def test_nothing_that_another_holds_is_written_to(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), Keeps(), block).eval().to(dtype)
     report = fusedres.optimize(model)
     assert not any(line.in_place for line in report.lines)
-    x = images(6, 4, dtype).contiguous(memory_format=torch.channels_last)
+    x = batch(6, 4, dtype).contiguous(memory_format=torch.channels_last)
     outputs(model, x)
     torch.testing.assert_close(model[1].seen, outputs(model[0], x))
     alone, report = optimized(block)
@@ -303,7 +138,7 @@ def test_a_block_of_one_convolution_does_not_write_into_what_it_reads() -> None:
     model = make(lambda: nn.Sequential(nn.Conv2d(4, 4, 1), OneConvolution(), OneConvolution()))
     ours, report = optimized(model)
     assert len(report.convolutions) == 3
-    x = images(6, 4)
+    x = batch(6, 4)
     torch.testing.assert_close(outputs(ours, x), outputs(model, x))
 
 
@@ -312,7 +147,7 @@ def test_under_autocast_a_block_promotes_as_eager_does(block: Callable[[], nn.Mo
     """The identity is fp32 where the branch is bf16, and so are LayerScale's factors."""
     model = make(block)
     ours, _ = optimized(model)
-    x = images(6, 4)
+    x = batch(6, 4)
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = outputs(ours, x), outputs(model, x)
     assert y.dtype == expected.dtype
@@ -323,9 +158,9 @@ def test_a_convolution_of_another_dtype_gets_eagers_error() -> None:
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3).double()))
     ours, _ = optimized(model)
     with pytest.raises(RuntimeError) as theirs:
-        outputs(model, images(8))
+        outputs(model, batch(8))
     with pytest.raises(RuntimeError) as found:
-        outputs(ours, images(8))
+        outputs(ours, batch(8))
     assert str(found.value) == str(theirs.value)
 
 
@@ -345,12 +180,12 @@ def test_a_shortcut_that_broadcasts_does_so_as_in_eager() -> None:
     model = make(Broadcasts)
     ours, report = optimized(model)
     assert report.convolutions[-1].step == "conv+norm+add+relu"
-    for x in (images(6, 4), images(1, 4)):
+    for x in (batch(6, 4), batch(1, 4)):
         torch.testing.assert_close(outputs(ours, x), outputs(model, x))
 
 
 def test_one_plan_serves_every_batch_and_size() -> None:
-    model = make(basic(1, 1, 1, 1))
+    model = make(lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=7))
     ours, _ = optimized(model)
     for shape in ((2, 3, 32, 32), (1, 3, 40, 24), (5, 3, 33, 47), (0, 3, 32, 32), (2, 3, 32, 32)):
         x = torch.randn(shape)
@@ -397,7 +232,7 @@ def test_where_the_whole_is_no_chain_its_parts_are_optimized() -> None:
     assert found == {"stem", "left", "right"}
     (root,) = report.plain
     assert (root.module, root.step) == ("", "as it is") and root.reason is not None
-    x = images(6)
+    x = batch(6)
     torch.testing.assert_close(outputs(twin, x), outputs(model, x))
 
 
@@ -411,16 +246,16 @@ def test_explain_names_the_backend_of_each_convolution() -> None:
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)))
     fusedres.optimize(model)
     with torch.no_grad():
-        choices = fusedres.explain(model, images(6)).choices
+        choices = fusedres.explain(model, batch(6)).choices
     assert [(choice.op, choice.backend) for choice in choices] == [("conv_act", "onednn")] * 2
-    (refused,) = fusedres.explain(model, images(6)).choices
+    (refused,) = fusedres.explain(model, batch(6)).choices
     assert "gradients are enabled" in refused.objections["fused"]
 
 
 def test_a_forced_backend_computes_every_convolution_or_raises() -> None:
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
     fusedres.optimize(model)
-    x = images(6)
+    x = batch(6)
     expected = outputs(model, x)
     with fusedres.use_backend("reference"):
         torch.testing.assert_close(outputs(model, x), expected)
@@ -442,7 +277,7 @@ def test_bad_arguments() -> None:
 def test_a_wrong_input_gets_eagers_error_and_changes_nothing(x: Tensor) -> None:
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.ReLU()))
     ours, _ = optimized(model)
-    right = images(8)
+    right = batch(8)
     expected = outputs(ours, right)
     with pytest.raises(RuntimeError) as theirs:
         outputs(model, x)

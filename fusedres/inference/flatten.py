@@ -25,7 +25,7 @@ from fusedres.residual import Host, Residual, resolve
 from fusedres.swap import Call, Fused, class_of
 from fusedres.tracing import UnprovenError
 
-_Part = nn.Module | Call | Parts | Plain
+_Part = nn.Module | Call | Activation | Parts | Plain
 
 
 class Flat(NamedTuple):
@@ -124,7 +124,9 @@ class _Flattening:
                 slot = self._add(Normalise(part, act), slot)
             elif isinstance(part, Plain):
                 slot = self._add(part, slot)
-            elif not _does_nothing(part):
+            elif isinstance(part, Activation):
+                slot = slot if part is IDENTITY else self._add(Plain(part.formula), slot)
+            elif type(part) is not nn.Identity or is_hooked(part):
                 slot = self._add(Plain(part, _reason(part)), slot)
         return slot
 
@@ -162,8 +164,7 @@ class _Flattening:
         return self._add(whole, z, residual)
 
     def _stage(self, span: Span, slot: int) -> int:
-        act = Call(span.act.formula, (), ()) if isinstance(span.act, Activation) else span.act
-        return self._emit([span.conv, span.norm, *span.before_act, act, *span.after_act], slot)
+        return self._emit([span.conv, span.norm, *span.before_act, span.act, *span.after_act], slot)
 
 
 def _description(module: nn.Module) -> tuple[Residual | None, str | None]:
@@ -186,7 +187,7 @@ def _activation(parts: list[_Part]) -> tuple[Activation, list[_Part]]:
     """The activation that comes next, if it is one of the catalogue, and what is left."""
     if parts:
         first = parts[0]
-        act = None
+        act = first if isinstance(first, Activation) else None
         if isinstance(first, Call):
             act = None if first.arguments else activation_of(first.target, dict(first.keywords))
         elif isinstance(first, nn.Module) and not is_hooked(first):
@@ -194,12 +195,6 @@ def _activation(parts: list[_Part]) -> tuple[Activation, list[_Part]]:
         if act is not None:
             return act, parts[1:]
     return IDENTITY, parts
-
-
-def _does_nothing(part: nn.Module | Call) -> bool:
-    if isinstance(part, Call):
-        return part.target is IDENTITY.formula
-    return type(part) is nn.Identity and not is_hooked(part)
 
 
 def _is_idle_gate(child: nn.Module) -> bool:

@@ -1,0 +1,111 @@
+"""An optimized network and its eager twin, and what of its plan is made and run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from eager import randomise
+from torch import Tensor, nn
+from torchvision_models import resnet
+
+import fusedres
+from fusedres.inference.program import Program
+from fusedres.optimization import Optimization
+
+
+class Head(nn.Module):
+    """A chain with a setting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.negative = nn.Conv2d(5, 2, 1), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.view(-1, 5, 1, 1))
+        return -x if self.negative else x
+
+
+def network() -> nn.Module:
+    """A stem, an identity and a projection block, a head."""
+    down = nn.Sequential(nn.Conv2d(4, 6, 1, 2, bias=False), nn.BatchNorm2d(6))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.LeakyReLU(),
+        resnet.BasicBlock(4, 4),
+        resnet.BasicBlock(4, 6, 2, down),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 5),
+        Head(),
+    )
+    randomise(model)
+    return model.eval()
+
+
+def pair() -> tuple[nn.Module, nn.Module]:
+    """An optimized network that has made its plan, and its eager twin."""
+    eager = network()
+    model = copy.deepcopy(eager)
+    with torch.no_grad():
+        for module in (model, eager):
+            module[0].weight.mul_(2)
+    fusedres.optimize(model, example=images())
+    return model, eager
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (2, 3, 8, 8)))
+
+
+@contextlib.contextmanager
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What plans are made and run inside."""
+    seen: list[str] = []
+    bind, call = Program.bind, Program.__call__
+
+    def noted(name: str, method: Callable[[Program, Tensor], Tensor]) -> Callable[[Program, Tensor], Tensor]:
+        def method_noted(program: Program, x: Tensor) -> Tensor:
+            seen.append(name)
+            return method(program, x)
+
+        return method_noted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "bind", noted("made", bind))
+        patch.setattr(Program, "__call__", noted("ran", call))
+        yield seen
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def make(build: Callable[[], nn.Module]) -> nn.Module:
+    """In eval mode, with norms that make a difference."""
+    model = build().eval()
+    randomise(model)
+    return model
+
+
+def optimized(model: nn.Module) -> tuple[nn.Module, Optimization]:
+    """An optimized copy, and the report."""
+    twin = copy.deepcopy(model)
+    return twin, fusedres.optimize(twin)
+
+
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def batch(size: int = 32, channels: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, channels, size, size, dtype=dtype)
+
+
+def error(y: Tensor, exact: Tensor) -> float:
+    return ((y.double() - exact).norm() / exact.norm()).item()

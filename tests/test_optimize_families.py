@@ -1,0 +1,158 @@
+"""Optimized models of every family, against fp64 and against their own forward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import hugging_face
+import pytest
+import torch
+import torch.nn.functional as F
+import user_blocks
+from optimized import batch, error, make, optimized, outputs
+from torch import Tensor, nn
+from torchvision_models import resnet, torchvision
+
+import fusedres
+from fusedres.swap import Optimized
+
+timm = pytest.importorskip("timm")
+
+FP64_BAR = 1e-12
+FP32_SLACK = 4.0
+
+
+def basic(*layers: int) -> Callable[[], nn.Module]:
+    return lambda: resnet.ResNet(resnet.BasicBlock, list(layers), num_classes=7)
+
+
+def bottleneck(**settings: int) -> Callable[[], nn.Module]:
+    return lambda: resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=7, **settings)
+
+
+def of_timm(name: str, **settings: object) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, num_classes=7, **settings)
+
+
+class Functional(nn.Module):
+    """Functions where others have modules, and a helper that calls half of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4)
+        self.block = user_blocks.Cifar(4, 6, 2)
+        self.fc = nn.Linear(6, 2)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.block(F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "resnet": basic(2, 1, 1, 1),
+    "bottleneck": bottleneck(),
+    "resnext": bottleneck(groups=4, width_per_group=16),
+    "wide": bottleneck(width_per_group=96),
+    "dilated": lambda: resnet.ResNet(
+        resnet.Bottleneck, [1, 1, 2, 2], num_classes=7, replace_stride_with_dilation=[False, True, True]
+    ),
+    "own": lambda: fusedres.models.cifar_resnet18(num_classes=7),
+    "timm tiered, avg_down": of_timm("resnet10t"),
+    "timm se": of_timm("seresnet18", drop_path_rate=0.1),
+    "timm eca": of_timm("ecaresnet26t"),
+    "timm blur": of_timm("resnetblur18"),
+    "functional": Functional,
+    "mobilenet": lambda: torchvision.models.mobilenet_v2(num_classes=7),
+}
+# fp32 says the same of the others in less time
+IN_FP64 = [family for family in FAMILIES if family not in ("timm eca", "mobilenet", "wide", "resnext")]
+
+
+@pytest.mark.parametrize("family", IN_FP64)
+def test_fp64_is_eagers_to_the_last_digits(family: str) -> None:
+    model = make(FAMILIES[family]).double()
+    ours, _ = optimized(model)
+    x = batch(dtype=torch.float64)
+    expected = outputs(model, x)
+    assert isinstance(ours, Optimized)
+    torch.testing.assert_close(outputs(ours, x), expected, rtol=0, atol=1e3 * FP64_BAR * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32_and_bf16_keep_to_eagers_error(family: str, order: torch.memory_format) -> None:
+    model = make(FAMILIES[family])
+    ours, report = optimized(model)
+    x = batch().contiguous(memory_format=order)
+    before = x.clone()
+    exact = outputs(copy.deepcopy(model).double(), x.double())
+    assert error(outputs(ours, x), exact) <= FP32_SLACK * error(outputs(model, x), exact) + 4 * torch.finfo().eps
+    with torch.autocast("cpu", torch.bfloat16):
+        half, theirs = outputs(ours, x), outputs(model, x)
+    assert half.dtype == theirs.dtype
+    assert error(half, exact) <= 1.5 * error(theirs, exact) + torch.finfo(torch.bfloat16).eps
+    assert torch.equal(x, before), "the input was written to"
+    assert report.convolutions and all(line.backend == "onednn" for line in report.convolutions)
+
+
+def test_bf16_is_on_average_no_worse_than_eagers() -> None:
+    total = {"ours": 0.0, "eager": 0.0}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = make(basic(1, 1, 1, 1))
+        ours, _ = optimized(model)
+        x = batch()
+        exact = outputs(copy.deepcopy(model).double(), x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            total["ours"] += error(outputs(ours, x), exact)
+            total["eager"] += error(outputs(model, x), exact)
+    assert total["ours"] <= 1.1 * total["eager"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_of_another_dtype_runs_in_it(dtype: torch.dtype) -> None:
+    model = make(basic(1, 1, 1, 1)).to(dtype)
+    ours, _ = optimized(model)
+    x = batch(dtype=dtype)
+    exact = outputs(copy.deepcopy(model).double(), x.double())
+    y, theirs = outputs(ours, x), outputs(model, x)
+    assert y.dtype == theirs.dtype == dtype
+    assert error(y, exact) <= 1.5 * error(theirs, exact) + 2 * torch.finfo(dtype).eps
+
+
+ONE_TENSOR = [block for block in user_blocks.UNPROVEN if block is not user_blocks.ReturnsTwo]
+
+
+@pytest.mark.parametrize("block", [*user_blocks.PROVEN, *ONE_TENSOR], ids=lambda block: block.__name__)
+def test_hand_written_blocks_in_a_chain(block: Callable[[], nn.Module]) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), block(), nn.Identity())
+
+    model = make(build).double()
+    ours, report = optimized(model)
+    x = batch(6, dtype=torch.float64)
+    expected = outputs(copy.deepcopy(model), x.clone())
+    torch.testing.assert_close(outputs(ours, x), expected, rtol=1e-11, atol=1e-11)
+    proven = block in user_blocks.PROVEN
+    assert proven == (not any(line.step == "3" for line in report.plain))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda stride: hugging_face.modeling().ResNetBasicLayer(4, 6, stride),
+        lambda stride: hugging_face.modeling().ResNetBottleNeckLayer(4, 8, stride),
+        lambda stride: hugging_face.modeling().ResNetConvLayer(4, 6, 3, stride),
+    ],
+    ids=["basic", "bottleneck", "layer"],
+)
+def test_layers_of_transformers(layer: Callable[[int], nn.Module], stride: int) -> None:
+    model = make(lambda: layer(stride)).double()
+    ours, report = optimized(model)
+    x = batch(8, 4, torch.float64)
+    torch.testing.assert_close(outputs(ours, x), outputs(model, x), rtol=1e-12, atol=1e-12)
+    assert not report.plain
