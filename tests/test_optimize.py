@@ -143,15 +143,24 @@ def test_a_block_of_one_convolution_does_not_write_into_what_it_reads() -> None:
 
 
 @pytest.mark.parametrize("block", [user_blocks.Cifar, user_blocks.Tutorial, user_blocks.Gated, user_blocks.ReZero])
-def test_under_autocast_a_block_promotes_as_eager_does(block: Callable[[], nn.Module]) -> None:
-    """The identity is fp32 where the branch is bf16, and so are LayerScale's factors."""
-    model = make(block)
+@pytest.mark.parametrize("alone", [True, False])
+def test_under_autocast_a_block_promotes_as_eager_does(alone: bool, block: Callable[[], nn.Module]) -> None:
+    """Alone its identity is fp32 where the branch is bf16; LayerScale's factors always are."""
+    model = make(block if alone else lambda: nn.Sequential(nn.Conv2d(4, 4, 1), block()))
     ours, _ = optimized(model)
     x = batch(6, 4)
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = outputs(ours, x), outputs(model, x)
     assert y.dtype == expected.dtype
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=5e-2)
+
+
+def test_autocast_casts_no_fp64_input() -> None:
+    model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    ours, _ = optimized(model)
+    for module in (model, ours):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+            outputs(module, batch(8, dtype=torch.float64))
 
 
 def test_a_convolution_of_another_dtype_gets_eagers_error() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import dispatch
+from fusedres.inference.folding import CASTS
 from fusedres.inference.program import Program
 from fusedres.inference.steps import Mode
 from fusedres.residual import ambient_objection
@@ -87,7 +88,7 @@ def mode_of(module: nn.Module, x: Tensor) -> Mode | str:
     if x.device != device:
         return f"the input is on {x.device} and the parameters on {device}"
     autocast = torch.is_autocast_enabled(device.type)
-    if not autocast and x.dtype is not weight.dtype:
+    if x.dtype not in (CASTS if autocast else (weight.dtype,)):
         return f"the input is {x.dtype} and the parameters are {weight.dtype}"
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
     return Mode(device, dtype, autocast, dispatch._forced)

@@ -13,7 +13,7 @@ from fusedres.backends import Filter, Geometry
 from fusedres.inference.steps import Convolve, Mode
 from fusedres.modules import dtypes_fit, is_batch_norm, is_hooked, norm_of
 
-_CASTS = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
+CASTS = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
 
 
 def objection(conv: nn.Conv2d) -> str | None:
@@ -33,7 +33,7 @@ def geometry_of(conv: nn.Module, mode: Mode) -> Geometry | None:
     """How the convolution lies, where it can be computed by another's hand."""
     if not isinstance(conv, nn.Conv2d) or objection(conv) is not None:
         return None
-    if conv.weight.dtype not in (_CASTS if mode.autocast else (mode.dtype,)):
+    if conv.weight.dtype not in (CASTS if mode.autocast else (mode.dtype,)):
         return None
     padding = _padding(conv)
     return None if padding is None else Geometry(_pair(conv.stride), padding, _pair(conv.dilation), conv.groups)
