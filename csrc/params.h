@@ -187,4 +187,35 @@ struct BnActPoolBackward {
   Gradients gradients;
 };
 
+// Windows of a convolution along one dimension; what of a window lies beyond the border reads as 0.
+struct ConvAxis {
+  int64_t size;     // of x
+  int64_t outputs;  // of y
+  int64_t kernel;
+  int64_t stride;
+  int64_t padding;
+  int64_t dilation;
+
+  // Where value k of window o lies in x.
+  int64_t place(int64_t o, int64_t k) const { return o * stride - padding + k * dilation; }
+  bool inside(int64_t place) const { return 0 <= place && place < size; }
+};
+
+// y = act(conv(x, weight) + bias + residual), all in channels_last
+struct ConvAct {
+  int64_t images;
+  int64_t inputs;   // channels of x
+  int64_t outputs;  // channels of y
+  int64_t groups;
+  int64_t tile;  // the side of Winograd's tiles of y, 1: none; as the weights were packed
+  ConvAxis rows;
+  ConvAxis columns;
+  int act;
+  const float* x;         // (N, H, W, I)
+  const float* weights;   // packed: csrc/cpu/conv_weights.h
+  const float* bias;      // (O,), or null
+  const float* residual;  // (N, H', W', O), or null; may be y
+  float* y;               // (N, H', W', O)
+};
+
 }  // namespace fusedres

@@ -1,7 +1,8 @@
 """What the compiled libraries are made from, and how: data for whoever builds them.
 
-Every file of KERNELS is compiled once per variant, with `-DFUSEDRES_ISA=<variant>` and the variant's flags; every other
-file once. All paths are relative to the folder `csrc`.
+Every file of KERNELS is compiled once per variant, with `-DFUSEDRES_ISA=<variant>` and the variant's flags; those of
+FLOAT_KERNELS likewise, but not for the variant that serves bfloat16 alone; every other file once. All paths are
+relative to the folder `csrc`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ KERNELS = (
     "cpu/pool_gradients.cpp",
     "cpu/statistics.cpp",
 )
+FLOAT_KERNELS = ("cpu/conv_act.cpp", "cpu/conv_block.cpp", "cpu/conv_winograd.cpp")
 
 _AVX512_FLAGS = (
     "-mavx512f",
@@ -54,11 +56,11 @@ _X86_VARIANTS = {
 # -O2: without vector instructions unrolling makes the code long and not faster.
 VARIANTS = {"portable": ("-O2",), **(_X86_VARIANTS if platform.machine() in ("x86_64", "AMD64") else {})}
 
-PLAIN = ("cpu/arena.cpp", "cpu/facts.cpp", "cpu/isa.cpp")
+PLAIN = ("cpu/arena.cpp", "cpu/conv_pack.cpp", "cpu/facts.cpp", "cpu/isa.cpp")
 
 # These include torch's headers, those of the stable ABI: every library's, and the CPU library's alone.
 BINDINGS = ("bindings/operands.cpp", "bindings/tensors.cpp")
-CPU_BINDINGS = ("bindings/bn_act_pool.cpp", "bindings/cpu.cpp")
+CPU_BINDINGS = ("bindings/bn_act_pool.cpp", "bindings/conv_act.cpp", "bindings/cpu.cpp")
 
 CUDA_FLAGS = ("-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra")
 
@@ -80,8 +82,9 @@ def operators(namespace: str, key: str) -> Source:
 def _native() -> tuple[Source, ...]:
     kernels = [
         Source(path, (f"-DFUSEDRES_ISA={variant}", *flags), variant)
-        for path in KERNELS
+        for path in (*KERNELS, *FLOAT_KERNELS)
         for variant, flags in VARIANTS.items()
+        if not (path in FLOAT_KERNELS and variant == "avx512_bf16")
     ]
     return (
         *kernels,

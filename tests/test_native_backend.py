@@ -153,6 +153,7 @@ def in_process(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+FORMULA_TESTS = ("test_native.py", "test_native_convolution.py")
 POOL_TESTS = (
     "test_the_result_is_that_of_pooling_the_activation",
     "test_results_are_the_same_bits_whatever_the_threads",
@@ -162,7 +163,7 @@ POOL_TESTS = (
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_equals_the_formula(isa):
     pool = [f"test_bn_act_pool.py::{name}" for name in POOL_TESTS]
-    run = in_process(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_native.py", *pool)
+    run = in_process(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FORMULA_TESTS, *pool)
     assert run.returncode == 0, run.stdout
 
 

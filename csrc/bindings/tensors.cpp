@@ -149,6 +149,12 @@ Tensor empty_bytes(const Tensor& like, int64_t bytes) {
   return empty_strided(like, aoti_torch_dtype_uint8(), {bytes}, {1});
 }
 
+bool is_channels_last(const Tensor& t) { return t.dim() == 4 && is_dense(t, memory_of(t, true)); }
+
+Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return empty_strided(like, raw_dtype(like), sizes, channels_last_strides(sizes));
+}
+
 Tensor empty_nothing(const Tensor& x) { return empty_strided(x, raw_dtype(x), {0}, {1}); }
 
 }  // namespace fusedres

@@ -72,6 +72,9 @@ Memory memory_of_backward(const Tensor& dy, const std::optional<Tensor>& y, cons
 
 Tensor empty_statistics(const Tensor& x, int64_t statistics);  // (3, C), or (0,) for an absent norm
 Tensor empty_accumulation(const Tensor& x, const std::vector<int64_t>& sizes);  // in the accumulation dtype
+// Whether t is dense in channels_last order, whatever its strides along sizes of 1.
+bool is_channels_last(const Tensor& t);
+Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& sizes);
 Tensor empty_nothing(const Tensor& x);
 Tensor empty_bytes(const Tensor& like, int64_t bytes);  // scratch
 

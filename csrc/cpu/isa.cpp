@@ -7,37 +7,38 @@
 namespace fusedres {
 namespace {
 
-#define FUSEDRES_VARIANT(isa, supported, serves) \
-  {#isa,                                         \
-   supported,                                    \
-   serves,                                       \
-   isa::affine_act_forward,                      \
-   isa::affine_act_backward,                     \
-   isa::bn_act_forward,                          \
-   isa::bn_act_backward,                         \
-   isa::bn_act_pool_forward,                     \
-   isa::bn_act_pool_backward}
+#define FUSEDRES_VARIANT(isa, conv_act, supported, serves) \
+  {#isa,                                                   \
+   supported,                                              \
+   serves,                                                 \
+   isa::affine_act_forward,                                \
+   isa::affine_act_backward,                               \
+   isa::bn_act_forward,                                    \
+   isa::bn_act_backward,                                   \
+   isa::bn_act_pool_forward,                               \
+   isa::bn_act_pool_backward,                              \
+   conv_act}
 
 const Variant kVariants[] = {
     FUSEDRES_VARIANT(
-        portable, [] { return true; }, [](DType) { return true; }),
+        portable, portable::conv_act, [] { return true; }, [](DType) { return true; }),
 #if defined(__x86_64__)
     FUSEDRES_VARIANT(
-        avx2,
+        avx2, avx2::conv_act,
         [] {
           return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                  __builtin_cpu_supports("f16c");
         },
         [](DType dtype) { return dtype != DType::kFloat64; }),
     FUSEDRES_VARIANT(
-        avx512,
+        avx512, avx512::conv_act,
         [] {
           return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
         },
         [](DType dtype) { return dtype != DType::kFloat64; }),
     FUSEDRES_VARIANT(
-        avx512_bf16, [] { return kVariants[2].supported() && __builtin_cpu_supports("avx512bf16"); },
+        avx512_bf16, nullptr, [] { return kVariants[2].supported() && __builtin_cpu_supports("avx512bf16"); },
         [](DType dtype) { return dtype == DType::kBFloat16; }),
 #endif
 };

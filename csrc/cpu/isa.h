@@ -12,6 +12,7 @@
   void bn_act_backward(const BnActBackward& op);          \
   void bn_act_pool_forward(const BnActPoolForward& op);   \
   void bn_act_pool_backward(const BnActPoolBackward& op); \
+  void conv_act(const ConvAct& op);                       \
   }
 
 FUSEDRES_DECLARE_VARIANT(portable)
@@ -34,6 +35,7 @@ struct Variant {
   void (*bn_act_backward)(const BnActBackward& op);
   void (*bn_act_pool_forward)(const BnActPoolForward& op);
   void (*bn_act_pool_backward)(const BnActPoolBackward& op);
+  void (*conv_act)(const ConvAct& op);  // null where the variant has no float32
 };
 
 struct Variants {

@@ -99,6 +99,12 @@ FUSEDRES_INLINE Vec<A> select(Condition<A> condition, Vec<A> a, Vec<A> b) {
   return {condition.lanes ? a.v : b.v};
 }
 
+// a * b + c, rounded once where the instruction set can.
+template <class A>
+FUSEDRES_INLINE Vec<A> multiply_add(Vec<A> a, Vec<A> b, Vec<A> c) {
+  return {a.v * b.v + c.v};
+}
+
 // One bit a lane, set where !(z <= bound): NaN sets it.
 template <class A>
 FUSEDRES_INLINE unsigned bits_above(Vec<A> z, A bound) {

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/conv_weights.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
@@ -143,7 +144,39 @@ class Round {
     variant_.bn_act_pool_backward({shape_, dtype_, arrays_.filled(windows, dtype_), choice, x, pool_, to});
   }
 
+  void conv_act() {
+    const int64_t tile = pick<int64_t>({1, 1, 2, 4}), images = 1 + draw(3);
+    const ConvAxis rows = window(tile), columns = window(tile);
+    const int64_t groups = tile > 1 ? 1 : pick<int64_t>({1, 1, 3});
+    const ConvWeights weights{groups,
+                              pick<int64_t>({1, 3, 16, 21, 1024}),
+                              pick<int64_t>({1, 7, 16, 33, 70}),
+                              rows.kernel,
+                              columns.kernel,
+                              tile};
+    const int64_t inputs = groups * weights.inputs, outputs = groups * weights.outputs;
+    const int64_t strides[] = {weights.depth(), rows.kernel * columns.kernel, columns.kernel, 1};
+    auto* const packed = static_cast<float*>(arrays_.empty(weights.elements(), dtype_));
+    conv_pack(weights, static_cast<float*>(arrays_.filled(outputs * weights.depth(), dtype_)), strides,
+              packed, weights.elements());
+    auto* const y =
+        static_cast<float*>(arrays_.filled(images * rows.outputs * columns.outputs * outputs, dtype_));
+    variant_.conv_act(
+        {images, inputs, outputs, groups, tile, rows, columns, act_,
+         static_cast<float*>(arrays_.filled(images * rows.size * columns.size * inputs, dtype_)), packed,
+         static_cast<float*>(arrays_.maybe(outputs, dtype_)), draw(2) ? y : nullptr, y});
+  }
+
  private:
+  // Winograd's tiles are of 3x3 windows, next to each other.
+  static ConvAxis window(int64_t tile) {
+    const int64_t kernel = tile > 1 ? 3 : 1 + draw(4), stride = tile > 1 ? 1 : 1 + draw(3);
+    const int64_t dilation = tile > 1 ? 1 : 1 + draw(2), padding = draw(kernel + 1);
+    const int64_t extent = dilation * (kernel - 1) + 1,
+                  size = std::max<int64_t>(1, extent - 2 * padding) + draw(16);
+    return {size, (size + 2 * padding - extent) / stride + 1, kernel, stride, padding, dilation};
+  }
+
   static PoolAxis axis(int64_t size) {
     const int64_t kernel = 1 + draw(5), stride = 1 + draw(3);
     const int64_t padding = std::max<int64_t>(draw(kernel / 2 + 1), (kernel - size + 1) / 2);
@@ -234,6 +267,7 @@ int main(int, char** arguments) {
         calls.affine_act();
         calls.bn_act();
         calls.bn_act_pool();
+        if (dtype == DType::kFloat32) calls.conv_act();
       }
     }
     std::printf("%s: %d rounds of every data type\n", variant.name, rounds);

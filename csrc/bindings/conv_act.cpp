@@ -1,0 +1,78 @@
+// conv_act as operators of the CPU library, which alone has kernels for it.
+//
+// Weights travel packed, as a tensor (tile, outputs, n, rows, columns): its shape tells the window, its
+// values are laid out as csrc/cpu/conv_weights.h says, and n is whatever they need.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "../cpu/conv_weights.h"
+#include "../cpu/isa.h"
+#include "operands.h"
+
+namespace fusedres {
+namespace {
+
+Tensor conv_act_pack(const Tensor& weight, int64_t groups, int64_t tile) {
+  const int64_t outputs = weight.size(0), rows = weight.size(2), columns = weight.size(3);
+  const ConvWeights shape{groups, weight.size(1), outputs / groups, rows, columns, tile};
+  const int64_t window = tile * outputs * rows * columns, each = (shape.elements() + window - 1) / window;
+  const Tensor packed = empty_accumulation(weight, {tile, outputs, each, rows, columns});
+  const int64_t strides[] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  conv_pack(shape, static_cast<const float*>(weight.data_ptr()), strides,
+            static_cast<float*>(packed.data_ptr()), packed.numel());
+  return packed;
+}
+
+struct Windows {
+  const std::vector<int64_t>&stride, &padding, &dilation;
+
+  ConvAxis axis(const Tensor& x, const Tensor& packed, int index) const {
+    const int64_t size = x.size(2 + index), kernel = packed.size(3 + index);
+    const int64_t s = stride[index], p = padding[index], d = dilation[index];
+    return {size, (size + 2 * p - d * (kernel - 1) - 1) / s + 1, kernel, s, p, d};
+  }
+};
+
+void require_channels_last(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(dtype_of(t) == DType::kFloat32 && is_channels_last(t), "conv_act: ", name,
+                  " must be float32 in channels_last; convert it");
+}
+
+void run_conv_act(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const Tensor* residual,
+                  const Tensor& y, const Windows& windows, int64_t groups, int64_t act) {
+  require_channels_last(x, "x");
+  if (residual) require_channels_last(*residual, "the residual");
+  auto floats = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
+  variant_for(DType::kFloat32)
+      .conv_act({x.size(0), x.size(1), packed.size(1), groups, packed.size(0), windows.axis(x, packed, 0),
+                 windows.axis(x, packed, 1), static_cast<int>(act), floats(x), floats(packed),
+                 bias ? floats(*bias) : nullptr, residual ? floats(*residual) : nullptr, floats(y)});
+}
+
+Tensor conv_act(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
+                const OptionalTensor& residual, const std::vector<int64_t>& stride,
+                const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+                int64_t act) {
+  const Windows windows{stride, padding, dilation};
+  const Tensor y = empty_channels_last(
+      x, {x.size(0), packed.size(1), windows.axis(x, packed, 0).outputs, windows.axis(x, packed, 1).outputs});
+  run_conv_act(x, packed, bias, residual ? &*residual : nullptr, y, windows, groups, act);
+  return y;
+}
+
+void conv_act_(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const Tensor& residual,
+               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+               const std::vector<int64_t>& dilation, int64_t groups, int64_t act) {
+  run_conv_act(x, packed, bias, &residual, residual, {stride, padding, dilation}, groups, act);
+}
+
+}  // namespace
+}  // namespace fusedres
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
+  m.impl("conv_act_pack", TORCH_BOX(&fusedres::conv_act_pack));
+  m.impl("conv_act", TORCH_BOX(&fusedres::conv_act));
+  m.impl("conv_act_", TORCH_BOX(&fusedres::conv_act_));
+}

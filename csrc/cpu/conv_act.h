@@ -1,0 +1,59 @@
+// conv_act's forms for one instruction set.
+#pragma once
+
+#include "conv_block.h"
+
+namespace fusedres::FUSEDRES_ISA {
+
+inline ConvWeights weights_of(const ConvAct& op) {
+  return {op.groups,      op.inputs / op.groups, op.outputs / op.groups,
+          op.rows.kernel, op.columns.kernel,     op.tile};
+}
+
+// The result of a block of channels of y's pixels from `pixel` on.
+inline ConvResult result_of(const ConvAct& op, int64_t pixel, int64_t group, int64_t block) {
+  const int64_t outputs = op.outputs / op.groups, within = block * ConvWeights::kWidth;
+  const int64_t channel = group * outputs + within, at = pixel * op.outputs + channel;
+  return {op.bias ? op.bias + channel : nullptr,
+          op.residual ? op.residual + at : nullptr,
+          op.y + at,
+          op.outputs,
+          minimum(ConvWeights::kWidth, outputs - within),
+          static_cast<Act>(op.act)};
+}
+
+// Neighbouring pixels of y, across rows and images, and where the windows' values lie that they are made of.
+//
+// Windows are read where they are. Beyond the border there is a row of zeros to read instead, and where it
+// doesn't pay to go value by value of the window, or x's pixels would fall on each other in the cache, a
+// copy.
+class ConvTile {
+ public:
+  ConvTile(const ConvAct& op, int64_t most_pixels, Arena& arena);
+
+  void place(int64_t pixel, int64_t count);
+  // y's block of channels.
+  void compute(int64_t group, int64_t block) const;
+
+ private:
+  void place_window(const float* image, int64_t row, int64_t column, const float** to);
+  const float* tap(const float* x_row, int64_t column, int64_t slot) const;
+
+  const ConvAct& op_;
+  const ConvWeights weights_;
+  const bool flat_;  // a tap is a row of the window, not a value of it
+  const bool copied_;
+  const int64_t taps_;
+  const int64_t run_;  // of a tap
+  const int64_t pitch_;
+  const float** begin_;  // (taps, pitch)
+  float* zeros_;
+  float* copies_;  // (taps, pitch, run and a little), or null
+  int64_t pixel_ = 0;
+  int64_t count_ = 0;
+};
+
+void conv_direct(const ConvAct& op);
+void conv_winograd(const ConvAct& op);
+
+}  // namespace fusedres::FUSEDRES_ISA

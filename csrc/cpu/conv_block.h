@@ -1,0 +1,53 @@
+// The matrix product at the heart of conv_act: rows that lie anywhere in memory times a block of packed
+// weights.
+#pragma once
+
+#include "conv_weights.h"
+#include "walk.h"
+
+namespace fusedres::FUSEDRES_ISA {
+
+// Rows are taken this many at a time, so that their sums fill the registers; a table of rows is filled up to
+// a multiple of it.
+#if defined(__AVX512F__)
+constexpr int kRows = 12;
+#elif defined(__AVX2__)
+constexpr int kRows = 6;
+#else
+constexpr int kRows = 2;
+#endif
+
+// Row r is the values [begin[tap * pitch + r] + offset, ... + run) of every tap in turn.
+struct ConvRows {
+  const float* const* begin;
+  int64_t pitch;
+  int64_t offset;
+  int64_t taps;
+  int64_t run;
+};
+
+// y = act(sum + bias + residual), for the first `channels` of the block.
+struct ConvResult {
+  const float* bias;      // or null
+  const float* residual;  // (rows, stride), or null; may be y
+  float* y;               // (rows, stride)
+  int64_t stride;
+  int64_t channels;
+  Act act;
+};
+
+// y[r] for `count` rows. A row's sums are the same bits whatever its neighbours are.
+// `weights` (taps * run, width), from cache as often as there are kRows rows.
+void conv_block(const ConvRows& rows, const float* weights, int64_t width, const ConvResult& to,
+                int64_t count);
+
+// Of z, the sum of all but the bias, the residual and the activation; `channel` is its first lane's.
+template <class Lanes>
+FUSEDRES_INLINE Vec<float> conv_epilogue(Vec<float> z, const ConvResult& to, int64_t row, int64_t channel,
+                                         Lanes lanes) {
+  if (to.bias) z = z + load(to.bias + channel, lanes);
+  if (to.residual) z = z + load(to.residual + row * to.stride + channel, lanes);
+  return z;
+}
+
+}  // namespace fusedres::FUSEDRES_ISA

@@ -1,0 +1,219 @@
+#include "activation.h"
+#include "conv_act.h"
+#include "winograd.h"
+
+namespace fusedres::FUSEDRES_ISA {
+namespace {
+
+constexpr int kLanes = Vec<float>::kLanes;
+constexpr int64_t kWidth = ConvWeights::kWidth;
+
+// How y is cut into tiles, numbered row by row and image by image.
+struct Tiles {
+  int64_t side;
+  int64_t rows;
+  int64_t columns;
+  int64_t count;
+
+  explicit Tiles(const ConvAct& op)
+      : side(op.tile),
+        rows(ceil_div(op.rows.outputs, side)),
+        columns(ceil_div(op.columns.outputs, side)),
+        count(op.images * rows * columns) {}
+
+  struct Place {
+    int64_t image;
+    int64_t row;  // of y
+    int64_t column;
+  };
+  Place place(int64_t tile) const {
+    const int64_t row = tile / columns;
+    return {row / rows, row % rows * side, tile % columns * side};
+  }
+};
+
+// Some tiles at once: x's, transformed, and the products of one block of channels.
+constexpr int64_t kScratchBytes = int64_t{768} << 10;
+constexpr int64_t kFewestTiles = 24, kMostTiles = 96;
+// Between the points' arrays: they shall not fall on each other in the cache.
+constexpr int64_t kGap = 16;
+
+int64_t tiles_at_once(const Tiles& tiles, int64_t points, int64_t inputs) {
+  const int64_t bytes = points * (inputs + kWidth) * int64_t{sizeof(float)};
+  const int64_t most = maximum(kFewestTiles, minimum(kMostTiles, kScratchBytes / bytes));
+  return ceil_div(ceil_div(tiles.count, ceil_div(tiles.count, most)), kRows) * kRows;
+}
+
+template <int kTile>
+class Patch {
+  using W = Winograd<kTile>;
+  static constexpr int kSide = W::kPoints;
+
+ public:
+  Patch(const ConvAct& op, int64_t most, Arena& arena)
+      : op_(op),
+        weights_(weights_of(op)),
+        tiles_(op),
+        inputs_(ceil_div(op.inputs, kLanes) * kLanes),
+        point_(most * inputs_ + kGap),
+        product_(most * kWidth + kGap),
+        transformed_(arena.take<float>(kSide * kSide * point_)),
+        products_(arena.take<float>(kSide * kSide * product_)),
+        begin_(arena.take<const float*>(most)),
+        again_(op, kTile, arena) {
+    for (int64_t i = 0; i < most; ++i) begin_[i] = transformed_ + i * inputs_;
+  }
+
+  // B^T d B of the tiles. Reads x, writes (point, tile, channel).
+  void place(int64_t first, int64_t count) {
+    first_ = first;
+    count_ = count;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t channel = 0; channel < op_.inputs; channel += kLanes) {
+        float* const to = transformed_ + i * inputs_ + channel;
+        if (channel + kLanes <= op_.inputs)
+          transform(tiles_.place(first + i), channel, to, AllLanes{});
+        else
+          transform(tiles_.place(first + i), channel, to, FirstLanes{static_cast<int>(op_.inputs - channel)});
+      }
+  }
+
+  // y's block of channels.
+  void compute(int64_t block) {
+    const int64_t width = weights_.width(block);
+    for (int64_t point = 0; point < kSide * kSide; ++point) {
+      const ConvRows rows{begin_, 0, point * point_, 1, op_.inputs};
+      const ConvResult to{nullptr, nullptr, products_ + point * product_, kWidth, width, Act::kIdentity};
+      conv_block(rows, op_.weights + weights_.winograd(point, block), width, to, count_);
+    }
+    for (int64_t i = 0; i < count_; ++i) finish(i, block);
+  }
+
+ private:
+  template <class Lanes>
+  void transform(typename Tiles::Place at, int64_t channel, float* to, Lanes lanes) const {
+    const ConvAxis &rows = op_.rows, &columns = op_.columns;
+    Vec<float> half[kSide][kSide];  // (point, column)
+    for (int j = 0; j < kSide; ++j) {
+      const int64_t column = columns.place(at.column, j);
+      Vec<float> d[kSide], t[kSide];
+#pragma GCC unroll 6
+      for (int i = 0; i < kSide; ++i) {
+        const int64_t row = rows.place(at.row, i);
+        d[i] = Vec<float>{};
+        if (rows.inside(row) && columns.inside(column))
+          d[i] = load(op_.x + ((at.image * rows.size + row) * columns.size + column) * op_.inputs + channel,
+                      lanes);
+      }
+      W::input(d, t);
+#pragma GCC unroll 6
+      for (int i = 0; i < kSide; ++i) half[i][j] = t[i];
+    }
+    for (int i = 0; i < kSide; ++i) {
+      Vec<float> t[kSide];
+      W::input(half[i], t);
+#pragma GCC unroll 6
+      for (int j = 0; j < kSide; ++j) store(to + (i * kSide + j) * point_, t[j]);
+    }
+  }
+
+  // A^T m A of one tile, and the epilogue. A value of x that is not finite has then spoilt its neighbours,
+  // and sums of very large ones may have overflowed: such a tile is computed again, directly.
+  void finish(int64_t i, int64_t block) const {
+    const typename Tiles::Place at = tiles_.place(first_ + i);
+    const int64_t rows = minimum<int64_t>(kTile, op_.rows.outputs - at.row);
+    const int64_t columns = minimum<int64_t>(kTile, op_.columns.outputs - at.column);
+    const int64_t pixel = (at.image * op_.rows.outputs + at.row) * op_.columns.outputs + at.column;
+    const ConvResult to = result_of(op_, pixel, 0, block);
+    Vec<float> y[kWidth / kLanes][kTile][kTile];
+    Vec<float> differences{};  // NaN where a value is not finite
+    for (int64_t channel = 0; channel < to.channels; channel += kLanes) {
+      auto& of = y[channel / kLanes];
+      inverse(products_ + i * kWidth + channel, of);
+      for (int row = 0; row < kTile; ++row)
+        for (int column = 0; column < kTile; ++column)
+          differences = differences + (of[row][column] - of[row][column]);
+    }
+    if (bits_above(differences, 0.0f)) return compute_again(pixel, rows, columns, block);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t column = 0; column < columns; ++column)
+        for (int64_t channel = 0; channel < to.channels; channel += kLanes) {
+          const Vec<float> sum = y[channel / kLanes][row][column];
+          const int64_t place = row * op_.columns.outputs + column;
+          auto write = [&](auto lanes) FUSEDRES_INLINE_LAMBDA {
+            Vec<float> z = conv_epilogue(sum, to, place, channel, lanes);
+            if (to.act == Act::kRelu)
+              z = Relu::value(z);
+            else if (to.act != Act::kIdentity)
+              z = activate(to.act, z);
+            store(to.y + place * to.stride + channel, z, lanes);
+          };
+          if (channel + kLanes <= to.channels)
+            write(AllLanes{});
+          else
+            write(FirstLanes{static_cast<int>(to.channels - channel)});
+        }
+  }
+
+  FUSEDRES_INLINE void inverse(const float* from, Vec<float> (&y)[kTile][kTile]) const {
+    Vec<float> half[kTile][kSide];
+    for (int j = 0; j < kSide; ++j) {
+      Vec<float> m[kSide], t[kTile];
+#pragma GCC unroll 6
+      for (int i = 0; i < kSide; ++i) m[i] = load(from + (i * kSide + j) * product_, AllLanes{});
+      W::output(m, t);
+#pragma GCC unroll 6
+      for (int i = 0; i < kTile; ++i) half[i][j] = t[i];
+    }
+    for (int i = 0; i < kTile; ++i) W::output(half[i], y[i]);
+  }
+
+  void compute_again(int64_t pixel, int64_t rows, int64_t columns, int64_t block) const {
+    for (int64_t row = 0; row < rows; ++row) {
+      again_.place(pixel + row * op_.columns.outputs, columns);
+      again_.compute(0, block);
+    }
+  }
+
+  const ConvAct& op_;
+  const ConvWeights weights_;
+  const Tiles tiles_;
+  const int64_t inputs_;   // up to whole vectors
+  const int64_t point_;    // from one point's transformed values to the next one's
+  const int64_t product_;  // from one point's products to the next one's
+  float* transformed_;     // (points, tiles, inputs)
+  float* products_;        // (points, tiles, kWidth)
+  const float** begin_;    // (tiles,)
+  mutable ConvTile again_;
+  int64_t first_ = 0;
+  int64_t count_ = 0;
+};
+
+template <int kTile>
+void winograd(const ConvAct& op) {
+  constexpr int64_t kPoints = Winograd<kTile>::kPoints * Winograd<kTile>::kPoints;
+  const Tiles tiles(op);
+  const int64_t blocks = weights_of(op).blocks(), most = tiles_at_once(tiles, kPoints, op.inputs);
+  parallel(ceil_div(tiles.count, most) * blocks, most * kPoints * op.inputs, [&](int64_t begin, int64_t end) {
+    Arena arena;
+    Patch<kTile> patch(op, most, arena);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / blocks * most, block = i % blocks;
+      if (i == begin || block == 0) patch.place(first, minimum(most, tiles.count - first));
+      patch.compute(block);
+    }
+  });
+}
+
+}  // namespace
+
+// Patch by patch of tiles, each with all channels: one matrix product a point of the transformed tile, in
+// place of as many as the window has values a pixel of y.
+void conv_winograd(const ConvAct& op) {
+  if (op.tile == 2)
+    winograd<2>(op);
+  else
+    winograd<4>(op);
+}
+
+}  // namespace fusedres::FUSEDRES_ISA

@@ -1,0 +1,93 @@
+"""conv_act in the compiled CPU library: its operators' schemas and fakes, and which form of them a shape takes.
+
+    conv_act_pack(weight, groups, tile) -> weights in the kernels' order, a tensor (tile, outputs, n, rows, columns)
+    conv_act(x, packed, bias, residual, ...) -> y = act(conv(x, weight) + bias + residual)
+    conv_act_(x, packed, bias, residual, ...): y written over the residual
+
+float32, channels_last. A tile of 1 is the direct form; of 2 or 4, for 3x3 windows of stride 1, Winograd's, which
+computes that many rows and columns of y at once with 2.25 or 4 times fewer products.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_PANEL = 16  # output channels that weights are padded to
+
+# Of winograd_tile, in multiply-adds: of a value's two transforms, and of reading a weight from memory.
+_TRANSFORM = 8
+_READ = 10
+
+_WINDOWS = "int[2] stride, int[2] padding, int[2] dilation, int groups, int act"
+_LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
+_LIBRARY.define("conv_act_pack(Tensor weight, int groups, int tile) -> Tensor")
+_LIBRARY.define(f"conv_act(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, {_WINDOWS}) -> Tensor")
+_LIBRARY.define(f"conv_act_(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) residual, {_WINDOWS}) -> ()")
+
+
+def _fake_pack(weight: Tensor, groups: int, tile: int) -> Tensor:
+    outputs, inputs, rows, columns = weight.shape
+    padded = -(-(outputs // groups) // _PANEL) * _PANEL
+    direct = groups * padded * inputs * rows * columns
+    transformed = (tile + 2) ** 2 * padded * inputs if tile > 1 else 0
+    each = -(-(direct + transformed) // (tile * outputs * rows * columns))
+    return weight.new_empty((tile, outputs, each, rows, columns))
+
+
+def _fake_conv_act(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: int,
+) -> Tensor:
+    height, width = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (packed.shape[3 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    y = x.new_empty((x.shape[0], height, width, packed.shape[1]))
+    return y.permute(0, 3, 1, 2)
+
+
+def _fake_conv_act_in_place(*arguments: object) -> None:
+    pass
+
+
+for _name, _fake in (
+    ("conv_act_pack", _fake_pack),
+    ("conv_act", _fake_conv_act),
+    ("conv_act_", _fake_conv_act_in_place),
+):
+    torch.library.register_fake(f"fusedres_native::{_name}", _fake, lib=_LIBRARY)
+
+
+def winograd_tile(inputs: int, outputs: int, images: int, height: int, width: int) -> int:
+    """The tile with which a 3x3 convolution of stride 1 and one group takes least work; 1: the direct form.
+
+    Winograd's has to save a fifth of it. Counted in multiply-adds a pair of channels: the products of every tile, its
+    transforms, reading the weights once. FUSEDRES_WINOGRAD=0 leaves the direct form alone: the errors of the other are
+    up to 2.2 times eager's.
+
+    Args:
+        inputs, outputs: channels.
+        height, width: y's.
+    """
+    choice = os.environ.get("FUSEDRES_WINOGRAD") or "1"
+    if choice not in ("0", "1"):
+        raise ValueError(f"FUSEDRES_WINOGRAD must be 0 or 1; got {choice!r}")
+
+    def work(tile: int) -> float:
+        tiles = images * -(-height // tile) * -(-width // tile)
+        points, transforms = (9, 0.0) if tile == 1 else ((tile + 2) ** 2, _TRANSFORM * (1 / inputs + 1 / outputs))
+        return points * (tiles * (1 + transforms) + _READ)
+
+    best = min((2, 4), key=work)
+    return best if choice == "1" and work(best) <= 0.8 * work(1) else 1

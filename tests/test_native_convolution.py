@@ -1,0 +1,247 @@
+"""The compiled convolutions against the same formula in fp64; every instruction set by test_native_backend.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusedres.backends import native_convolution
+from fusedres.epilogue import CATALOGUE
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+def operators():
+    return torch.ops.fusedres_native
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Shape:
+    inputs: int
+    outputs: int
+    kernel: tuple[int, int] = (3, 3)
+    size: tuple[int, int] = (9, 9)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    images: int = 2
+    tile: int = 1
+
+
+DIRECT = (
+    Shape(16, 32),
+    Shape(64, 64, size=(14, 14), images=1),
+    Shape(33, 47, size=(7, 10), images=3),
+    Shape(5, 1, size=(8, 6)),
+    Shape(32, 16, (1, 1), (7, 7), padding=(0, 0)),
+    Shape(1024, 40, (1, 1), (5, 7), padding=(0, 0), images=3),
+    Shape(512, 24, (1, 1), (9, 8), stride=(2, 2), padding=(0, 0)),
+    Shape(20, 33, (1, 1), (6, 5), stride=(2, 1), padding=(1, 2)),
+    Shape(24, 48, stride=(2, 2), size=(13, 11)),
+    Shape(16, 20, stride=(3, 1), padding=(0, 2), size=(10, 4)),
+    Shape(18, 34, padding=(2, 2), dilation=(2, 2), size=(11, 8)),
+    Shape(3, 40, padding=(2, 4), dilation=(2, 3)),
+    Shape(3, 64, (7, 7), (25, 31), stride=(2, 2), padding=(3, 3), images=3),
+    Shape(3, 17, (7, 7), (4, 5), padding=(6, 5)),
+    Shape(1, 8, (5, 5), (12, 7), padding=(2, 2)),
+    Shape(40, 24, (5, 5), (6, 9), padding=(2, 2)),
+    Shape(17, 32, (1, 7), (6, 12), padding=(0, 3)),
+    Shape(4, 18, (1, 7), (5, 9), padding=(0, 3)),
+    Shape(19, 21, (7, 1), (9, 5), padding=(3, 0)),
+    Shape(128, 128, groups=32, size=(8, 9)),
+    Shape(96, 144, groups=3, size=(7, 6), stride=(2, 2)),
+    Shape(2048, 8, (1, 1), (3, 5), padding=(0, 0), groups=2),
+    Shape(24, 24, groups=24, size=(10, 7)),
+    Shape(6, 12, (3, 3), (5, 5), groups=6, padding=(2, 2), dilation=(2, 2)),
+    Shape(8, 16, images=0),
+    Shape(600, 70, size=(12, 13), images=1),
+)
+WINOGRAD = tuple(
+    Shape(inputs, outputs, size=size, padding=padding, images=images, tile=tile)
+    for tile in (2, 4)
+    for inputs, outputs, size, padding, images in (
+        (16, 32, (8, 8), (1, 1), 1),
+        (33, 47, (7, 10), (1, 1), 3),
+        (3, 5, (3, 4), (1, 1), 2),
+        (64, 80, (25, 27), (0, 0), 1),
+        (20, 16, (5, 9), (2, 3), 2),
+        (256, 33, (14, 14), (1, 1), 1),
+        (8, 8, (6, 6), (1, 1), 0),
+    )
+)
+
+
+class Case:
+    """Random operands of one shape, the result in fp64 and the kernels'."""
+
+    def __init__(self, shape: Shape, seed: int, act: int = 0, residual: bool = False, bias: bool = True) -> None:
+        g = torch.Generator().manual_seed(seed)
+        inputs, kernel = shape.inputs // shape.groups, shape.kernel
+        self.shape, self.act = shape, act
+        self.x = channels_last(torch.randn(shape.images, shape.inputs, *shape.size, generator=g))
+        self.weight = torch.randn(shape.outputs, inputs, *kernel, generator=g) / (inputs * kernel[0] * kernel[1]) ** 0.5
+        self.bias = torch.randn(shape.outputs, generator=g) if bias else None
+        self.windows = shape.stride, shape.padding, shape.dilation, shape.groups
+        pixels = self.sums().shape
+        self.residual = channels_last(torch.randn(pixels, generator=g)) if residual else None
+
+    def sums(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.conv2d(self.x.to(dtype), self.weight.to(dtype), bias, *self.windows)
+
+    def expected(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        z = self.sums(dtype)
+        return CATALOGUE[self.act].formula(z if self.residual is None else z + self.residual.to(dtype))
+
+    def packed(self) -> Tensor:
+        return operators().conv_act_pack(self.weight, self.shape.groups, self.shape.tile)
+
+    def found(self) -> Tensor:
+        return operators().conv_act(self.x, self.packed(), self.bias, self.residual, *self.windows, self.act)
+
+    def found_in_place(self) -> Tensor:
+        assert self.residual is not None
+        operators().conv_act_(self.x, self.packed(), self.bias, self.residual, *self.windows, self.act)
+        return self.residual
+
+
+def assert_close(found: Tensor, expected: Tensor, case: Case) -> None:
+    """Within the error of sums of that many fp32 products, for Winograd four times that."""
+    assert found.shape == expected.shape and found.is_contiguous(memory_format=torch.channels_last), case.shape
+    if found.numel():
+        error, largest = (found.double() - expected).abs().amax().item(), expected.abs().amax().item()
+        terms = case.weight[0].numel()
+        assert error <= (1 if case.shape.tile == 1 else 4) * 4e-7 * (1 + terms**0.5 / 8) * (1 + largest), case.shape
+
+
+@pytest.mark.parametrize("shape", DIRECT + WINOGRAD, ids=repr)
+def test_the_result_is_the_formula_in_fp64(shape):
+    for seed, (act, residual, bias) in enumerate(((0, False, False), (1, True, True), (4, False, True))):
+        case = Case(shape, seed, act, residual, bias)
+        assert_close(case.found(), case.expected(), case)
+
+
+@pytest.mark.parametrize("act", CATALOGUE, ids=lambda act: act.name)
+@pytest.mark.parametrize("shape", [Shape(16, 48, size=(9, 7)), Shape(16, 40, size=(9, 7), tile=4)], ids=["1", "4"])
+def test_every_activation(shape, act):
+    for residual in (False, True):
+        case = Case(shape, 0, act.code, residual)
+        assert_close(case.found(), case.expected(), case)
+
+
+@pytest.mark.parametrize("shape", DIRECT + WINOGRAD, ids=repr)
+def test_the_result_may_take_the_residuals_place(shape):
+    for act in (1, 5):
+        case = Case(shape, 0, act, residual=True)
+        y = case.found()
+        assert torch.equal(case.found_in_place(), y)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(20, 33, size=(11, 9), images=1),
+        Shape(3, 33, (7, 7), (21, 19), (2, 2), (3, 3), images=1),
+        Shape(32, 32, groups=8, size=(11, 9), images=1),
+        *(Shape(20, 33, size=(11, 9), images=2, tile=tile) for tile in (2, 4)),
+    ],
+    ids=repr,
+)
+def test_values_that_are_not_finite_stay_in_their_windows(shape, value):
+    for row, column in ((0, 0), (5, 4), (10, 8), (3, 8)):
+        case = Case(shape, 1, act=1, residual=True)
+        case.x[0, 1, row, column] = value
+        expected = case.expected()
+        overflow = expected.abs() > torch.finfo(torch.float32).max
+        found, finite = case.found().double(), expected[expected.isfinite() & ~overflow]
+        # Winograd's errors are small beside the largest value of a tile.
+        atol = 1e-5 * (finite.abs().amax().item() if shape.tile > 1 else 1)
+        torch.testing.assert_close(found[~overflow], expected[~overflow], rtol=1e-5, atol=atol, equal_nan=True)
+        assert found[overflow].isinf().all()
+        torch.testing.assert_close(case.found_in_place().double(), found, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 4])
+def test_winograds_error_is_at_most_four_times_eagers(tile):
+    for inputs, size in ((64, 28), (128, 28), (256, 14), (512, 14)):
+        for positive in (False, True):
+            case = Case(Shape(inputs, 64, size=(size, size), images=1, tile=tile), 0, bias=False)
+            if positive:
+                case.x.relu_()
+            exact = case.expected()
+            found, eager = (
+                (y.double() - exact).square().mean().sqrt().item() for y in (case.found(), case.sums(torch.float32))
+            )
+            assert found <= (1.5 if tile == 1 else 4) * eager, (inputs, size, positive, found / eager)
+
+
+@pytest.mark.parametrize("shape", [Shape(48, 80, size=(30, 29)), Shape(48, 80, size=(30, 29), tile=4), DIRECT[12]])
+def test_results_are_the_same_bits_whatever_the_threads(shape):
+    threads = torch.get_num_threads()
+    case = Case(shape, 0, act=1, residual=True)
+    first = case.found()
+    try:
+        for count in (1, 2, 3, 1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(case.found(), first), count
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 4])
+def test_an_images_result_is_the_same_bits_in_any_batch(tile):
+    case = Case(Shape(24, 40, size=(9, 11), images=3, tile=tile), 0)
+    whole = case.found()
+    for image in range(3):
+        case.x = channels_last(case.x)
+        one = operators().conv_act(case.x[image : image + 1], case.packed(), case.bias, None, *case.windows, case.act)
+        assert torch.equal(one[0], whole[image])
+
+
+def test_weights_of_any_strides_are_packed_alike():
+    weight = torch.randn(40, 12, 3, 3)
+    strided = torch.randn(3, 12, 80, 6).permute(2, 1, 0, 3)[::2, :, :, ::2].copy_(weight)
+    for tile in (1, 2, 4):
+        pack = operators().conv_act_pack
+        assert torch.equal(pack(weight, 1, tile), pack(strided, 1, tile))
+
+
+def test_what_the_kernels_cant_read_is_refused():
+    case = Case(Shape(8, 16), 0)
+    for x in (case.x.contiguous(), case.x.double(), channels_last(torch.randn(2, 8, 9, 18))[..., ::2]):
+        with pytest.raises(RuntimeError, match="x must be float32 in channels_last"):
+            operators().conv_act(x, case.packed(), None, None, *case.windows, 0)
+    residual = torch.randn(2, 16, 9, 9)
+    with pytest.raises(RuntimeError, match="the residual must be float32 in channels_last"):
+        operators().conv_act(case.x, case.packed(), None, residual, *case.windows, 0)
+
+
+@pytest.mark.parametrize("tile", [1, 4])
+def test_opcheck_without_exemptions(tile):
+    case = Case(Shape(8, 20, groups=2 if tile == 1 else 1, size=(9, 7), tile=tile), 0, act=1, residual=True)
+    arguments = (case.x, case.packed(), case.bias, case.residual, *case.windows, case.act)
+    torch.library.opcheck(operators().conv_act.default, arguments)
+    torch.library.opcheck(operators().conv_act_.default, arguments)
+    torch.library.opcheck(operators().conv_act_pack.default, (case.weight, case.shape.groups, tile))
+
+
+def test_winograd_is_used_where_it_saves_work(monkeypatch):
+    tile = native_convolution.winograd_tile
+    assert tile(64, 64, 1, 56, 56) == 4 and tile(512, 512, 16, 7, 7) == 4
+    assert tile(512, 512, 1, 7, 7) == 2  # four tiles don't pay for reading four times the weights
+    assert tile(3, 64, 1, 56, 56) == 1 and tile(512, 512, 1, 1, 1) == 1
+    monkeypatch.setenv("FUSEDRES_WINOGRAD", "0")
+    assert tile(64, 64, 1, 56, 56) == 1
+    monkeypatch.setenv("FUSEDRES_WINOGRAD", "maybe")
+    with pytest.raises(ValueError, match="FUSEDRES_WINOGRAD must be 0 or 1; got 'maybe'"):
+        tile(64, 64, 1, 56, 56)
