@@ -40,10 +40,11 @@ ConvTile::ConvTile(const ConvAct& op, int64_t most_pixels, Arena& arena)
       taps_(flat_ ? op.rows.kernel : op.rows.kernel * op.columns.kernel),
       run_(flat_ ? op.columns.kernel * op.inputs : op.inputs / op.groups),
       pitch_(ceil_div(most_pixels, kRows) * kRows),
-      begin_(arena.take<const float*>(taps_ * pitch_)),
+      begin_(arena.take<const float*>((taps_ + 1) * pitch_)),
       zeros_(arena.take<float>(maximum(run_, op.inputs))),
       copies_(flat_ || copied_ ? arena.take<float>(taps_ * pitch_ * (run_ + kCopyGap)) : nullptr) {
   for (int64_t i = 0; i < maximum(run_, op.inputs); ++i) zeros_[i] = 0;
+  for (int64_t i = 0; i < pitch_; ++i) begin_[taps_ * pitch_ + i] = zeros_;
 }
 
 void ConvTile::place(int64_t pixel, int64_t count) {

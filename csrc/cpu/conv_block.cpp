@@ -6,6 +6,7 @@ namespace fusedres::FUSEDRES_ISA {
 namespace {
 
 constexpr int kLanes = Vec<float>::kLanes;
+constexpr int64_t kLine = 16;  // values of a cache line
 
 // Where the registers hold no full result: sums from memory, any activation, any number of channels.
 __attribute__((noinline)) void finish_from_memory(const Vec<float>* sums, int64_t vectors,
@@ -45,29 +46,36 @@ FUSEDRES_INLINE void finish(const Vec<float> (&sums)[kCount][kVectors], const Co
   }
 }
 
-// y of the `rows` first of kCount rows.
-// A step of k loads kVectors vectors and kCount values for kCount * kVectors multiply-adds.
+FUSEDRES_INLINE void prefetch_result(const ConvResult& to, int64_t row, int64_t channel) {
+  __builtin_prefetch(to.y + row * to.stride + channel, 1);
+  if (to.residual) __builtin_prefetch(to.residual + row * to.stride + channel);
+}
+
+// y of the `rows` first of kCount rows; meanwhile what the result and the next rows need comes into the
+// cache. A step of k loads kVectors vectors and kCount values for kCount * kVectors multiply-adds.
 template <int kCount, int kVectors>
 void multiply(const ConvRows& from, const float* weights, int64_t width, const ConvResult& to, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row)
-    for (int v = 0; v < kVectors; ++v) {
-      __builtin_prefetch(to.y + row * to.stride + v * kLanes, 1);
-      if (to.residual) __builtin_prefetch(to.residual + row * to.stride + v * kLanes);
-    }
+    for (int v = 0; v < kVectors; ++v) prefetch_result(to, row, v * kLanes);
   Vec<float> sums[kCount][kVectors] = {};
   for (int64_t tap = 0; tap < from.taps; ++tap) {
     const float* x[kCount];
 #pragma GCC unroll 16
     for (int row = 0; row < kCount; ++row) x[row] = from.begin[tap * from.pitch + row] + from.offset;
-    for (int64_t k = 0; k < from.run; ++k, weights += width) {
-      Vec<float> w[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) w[v] = load(weights + v * kLanes, AllLanes{});
+    const float* const* const next = from.begin + tap * from.pitch + kCount;
+    for (int64_t k = 0; k < from.run;) {
 #pragma GCC unroll 16
-      for (int row = 0; row < kCount; ++row) {
-        const Vec<float> value = broadcast(x[row][k]);
+      for (int row = 0; row < kCount; ++row) __builtin_prefetch(next[row] + from.offset + k);
+      for (const int64_t end = minimum(k + kLine, from.run); k < end; ++k, weights += width) {
+        Vec<float> w[kVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[row][v] = multiply_add(value, w[v], sums[row][v]);
+        for (int v = 0; v < kVectors; ++v) w[v] = load(weights + v * kLanes, AllLanes{});
+#pragma GCC unroll 16
+        for (int row = 0; row < kCount; ++row) {
+          const Vec<float> value = broadcast(x[row][k]);
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) sums[row][v] = multiply_add(value, w[v], sums[row][v]);
+        }
       }
     }
   }

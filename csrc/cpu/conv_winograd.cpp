@@ -59,9 +59,9 @@ class Patch {
         product_(most * kWidth + kGap),
         transformed_(arena.take<float>(kSide * kSide * point_)),
         products_(arena.take<float>(kSide * kSide * product_)),
-        begin_(arena.take<const float*>(most)),
+        begin_(arena.take<const float*>(most + kRows)),
         again_(op, kTile, arena) {
-    for (int64_t i = 0; i < most; ++i) begin_[i] = transformed_ + i * inputs_;
+    for (int64_t i = 0; i < most + kRows; ++i) begin_[i] = transformed_ + minimum(i, most - 1) * inputs_;
   }
 
   // B^T d B of the tiles. Reads x, writes (point, tile, channel).
