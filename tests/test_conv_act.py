@@ -31,6 +31,7 @@ SHAPES: tuple[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]], ...] = (
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 SERVED = [
+    ("native", torch.float32, "channels_last"),
     ("onednn", torch.float32, "channels_last"),
     ("onednn", torch.bfloat16, "channels_last"),
     *(("reference", dtype, layout) for dtype in DTYPES for layout in LAYOUTS),
@@ -76,9 +77,14 @@ def test_against_fp64(
     dtype: torch.dtype,
     layout: str,
     backend: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     if backend == "onednn":
         need_onednn(dtype)
+    if backend == "native":
+        request.getfixturevalue("native")
+        if geometry.get("groups", 1) > 1 or shape[0] * shape[1] == 0 or shape[1] == 1 or shape[2] * shape[3] == 1:
+            pytest.skip("another backend's: see test_native_convolution.py")
     x, weight, bias, residual = operands(shape, taps, geometry, dtype, layout)
     wide_x, wide_weight, wide_bias, wide_residual = (t.double() for t in (x, weight, bias, residual))
     terms = F.conv2d(wide_x.abs(), wide_weight.abs(), **geometry) + 5  # 5: more than any bias and residual
@@ -133,42 +139,54 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
 }
 
 
-def test_it_is_served_by_onednn_only_where_it_can() -> None:
+@pytest.mark.usefixtures("native")
+def test_it_is_served_by_kernels_only_where_they_can() -> None:
     x, weight, bias, residual = operands(*SHAPES[0], torch.float32, "channels_last")
-    assert served(x, weight, bias) == served(x, weight, bias, residual=residual) == "onednn"
+    assert served(x, weight, bias) == served(x, weight, bias, residual=residual) == "native"
+    assert served(*(t.bfloat16() for t in (x, weight, bias))) == "onednn"
+    assert served(x, weight[:, :8], bias, groups=2) == "native"
+    assert served(x, weight[:, :4], bias, groups=4) == "onednn"  # 8 output channels a group
     assert served(x.contiguous(), weight, bias) == "reference"
     assert served(x, weight, bias, residual=residual.contiguous()) == "reference"
     assert served(x.double(), weight.double(), bias.double()) == "reference"
     assert served(x, weight.clone().requires_grad_(), bias) == "reference"
     assert served(x, weight, bias, residual=residual.double()) == "reference"
     with torch.no_grad():
-        assert served(x, weight.clone().requires_grad_(), bias) == "onednn"
+        assert served(x, weight.clone().requires_grad_(), bias) == "native"
 
 
-def served(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> str:
+def served(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, groups: int = 1) -> str:
     with dispatch.recording(torch.nn.Identity()) as choices:
-        conv_act(x, weight, bias, residual=residual, padding=1)
+        conv_act(x, weight, bias, residual=residual, padding=1, groups=groups)
     return choices[0].backend
 
 
 @pytest.mark.parametrize(
-    "change, reason",
+    "backend, change, reason",
     [
-        (lambda x: x.contiguous(), "x is contiguous in memory, and it fuses in channels_last only"),
-        (lambda x: x.clone().requires_grad_(), "its convolutions have no backward; call it under torch.no_grad"),
-        (lambda x: x.to("meta"), "it has no convolutions for meta tensors"),
+        ("onednn", lambda x: x.contiguous(), "x is contiguous in memory, and it fuses in channels_last only"),
+        ("native", lambda x: x.contiguous(), "x is contiguous in memory, and its convolutions are in channels_last"),
+        ("native", lambda x: x.double(), "x is torch.float64, and its convolutions are in torch.float32"),
+        *(
+            (backend, change, reason)
+            for backend in ("onednn", "native")
+            for change, reason in (
+                (lambda x: x.clone().requires_grad_(), "its convolutions have no backward; call it under torch.no_gra"),
+                (lambda x: x.to("meta"), "it has no convolutions for meta tensors"),
+            )
+        ),
     ],
 )
-def test_a_forced_backend_tells_its_objection(change: Any, reason: str) -> None:
+def test_a_forced_backend_tells_its_objection(backend: str, change: Any, reason: str) -> None:
     x, weight, bias, _ = operands(*SHAPES[0], torch.float32, "channels_last")
     x = change(x)
-    with fusedres.use_backend("onednn"), pytest.raises(RuntimeError, match=reason):
-        conv_act(x, weight.to(x.device), bias.to(x.device), padding=1)
+    with fusedres.use_backend(backend), pytest.raises(RuntimeError, match=reason):
+        conv_act(x, weight.to(x), bias.to(x), padding=1)
 
 
 def test_backends_without_convolutions_say_so() -> None:
     x, weight, *_ = operands(*SHAPES[0], torch.float32, "channels_last")
-    with fusedres.use_backend("native"), pytest.raises(RuntimeError, match="it has no conv_act"):
+    with fusedres.use_backend("triton"), pytest.raises(RuntimeError, match="it has no conv_act"):
         conv_act(x, weight, padding=1)
     with fusedres.use_backend("onednn"), pytest.raises(RuntimeError, match="it has no affine_act"):
         fusedres.ops.affine_act(x)
@@ -196,13 +214,15 @@ def test_compiled_it_is_ordinary_operations() -> None:
     torch.testing.assert_close(compiled(x, residual), call(x, residual))
 
 
-def test_nan_passes_the_reference_and_is_zero_after_onednns_relu() -> None:
+@pytest.mark.usefixtures("native")
+def test_nan_passes_the_reference_and_the_kernels_and_is_zero_after_onednns_relu() -> None:
     x, weight = (
         torch.full((1, 2, 2, 2), torch.nan).contiguous(memory_format=torch.channels_last),
         torch.ones(2, 2, 1, 1),
     )
-    with fusedres.use_backend("reference"):
-        assert conv_act(x, weight).isnan().all()
+    for backend in ("reference", "native"):
+        with fusedres.use_backend(backend):
+            assert conv_act(x, weight).isnan().all()
     with fusedres.use_backend("onednn"):
         assert conv_act(x, weight, act="identity").isnan().all()
         assert (conv_act(x, weight) == 0).all()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedres.backends import native_convolution
+from fusedres.backends import Filter, Geometry, native_convolution
 from fusedres.epilogue import CATALOGUE
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -206,6 +206,22 @@ def test_an_images_result_is_the_same_bits_in_any_batch(tile):
         case.x = channels_last(case.x)
         one = operators().conv_act(case.x[image : image + 1], case.packed(), case.bias, None, *case.windows, case.act)
         assert torch.equal(one[0], whole[image])
+
+
+@pytest.mark.parametrize("size", [(30, 28), (5, 6)])
+def test_packed_for_one_size_it_serves_any(size):
+    shape = Shape(32, 48, size=(30, 28))
+    geometry, act = Geometry(padding=(1, 1)), CATALOGUE[1]
+    case = Case(replace(shape, size=size), 0, act.code, residual=True)
+    packed = native_convolution.pack(Filter(case.weight, case.bias), geometry, (1, 32, *shape.size), True)
+    assert packed.weight.shape[0] == 4, "the tile"
+    expected = case.expected()
+    y = native_convolution.run(case.x, packed, case.residual, geometry, act, False)
+    unpacked = native_convolution.run(case.x, Filter(case.weight, case.bias), case.residual, geometry, act, False)
+    written = native_convolution.run(case.x, packed, case.residual, geometry, act, True)
+    assert written is case.residual
+    for found in (y, unpacked, written):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_of_any_strides_are_packed_alike():

@@ -65,6 +65,10 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    def group_outputs(self, outputs: int) -> int:
+        """What a request tells of the groups."""
+        return outputs // self.groups if self.groups > 1 else 0
+
     def output_size(self, kernel: tuple[int, int], height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the result; less than 1 where the kernel doesn't fit."""
         rows, columns = (
@@ -108,6 +112,7 @@ class Request(NamedTuple):
     compiling: bool = False
     window_positions: int = 0  # values that one window of a max-pool compares
     wants_gradient: bool = False
+    group_outputs: int = 0  # output channels of a convolution's group, if it has several
 
 
 @dataclass(frozen=True)

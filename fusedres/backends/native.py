@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusedres import build
-from fusedres.backends import Backend, Request
+from fusedres.backends import Backend, Request, native_convolution
 from fusedres.build import Unavailable
 from fusedres.native_sources import NATIVE
 
@@ -14,7 +14,8 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def objection(request: Request) -> str | None:
     """Why the kernels can't serve a request, as one sentence."""
-    return operand_objection(request) or _library_objection(request)
+    reason = native_convolution.objection(request) if request.op == "conv_act" else operand_objection(request)
+    return reason or _library_objection(request)
 
 
 def operand_objection(request: Request) -> str | None:
@@ -55,4 +56,4 @@ def _library_objection(request: Request) -> str | None:
     return found.reason if isinstance(found, Unavailable) else None
 
 
-BACKEND = Backend("native", objection, keys=("CPU",))
+BACKEND = Backend("native", objection, keys=("CPU",), convolution=native_convolution.CONVOLUTION)

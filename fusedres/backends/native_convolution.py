@@ -16,7 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedres.backends import Convolution, Filter, Geometry, Request
+from fusedres.epilogue import Activation
+
 _PANEL = 16  # output channels that weights are padded to
+_PACKED_DIMS = 5
 
 # Of winograd_tile, in multiply-adds: of a value's two transforms, and of reading a weight from memory.
 _TRANSFORM = 8
@@ -80,9 +84,8 @@ def winograd_tile(inputs: int, outputs: int, images: int, height: int, width: in
         inputs, outputs: channels.
         height, width: y's.
     """
-    choice = os.environ.get("FUSEDRES_WINOGRAD") or "1"
-    if choice not in ("0", "1"):
-        raise ValueError(f"FUSEDRES_WINOGRAD must be 0 or 1; got {choice!r}")
+    if not _winograd_is_on():
+        return 1
 
     def work(tile: int) -> float:
         tiles = images * -(-height // tile) * -(-width // tile)
@@ -90,4 +93,59 @@ def winograd_tile(inputs: int, outputs: int, images: int, height: int, width: in
         return points * (tiles * (1 + transforms) + _READ)
 
     best = min((2, 4), key=work)
-    return best if choice == "1" and work(best) <= 0.8 * work(1) else 1
+    return best if work(best) <= 0.8 * work(1) else 1
+
+
+def _winograd_is_on() -> bool:
+    choice = os.environ.get("FUSEDRES_WINOGRAD") or "1"
+    if choice not in ("0", "1"):
+        raise ValueError(f"FUSEDRES_WINOGRAD must be 0 or 1; got {choice!r}")
+    return choice == "1"
+
+
+def pack(taps: Filter, geometry: Geometry, sizes: Sequence[int], joins: bool) -> Filter:
+    """The weight in the kernels' order, with Winograd's beside it where the sizes make that worth while."""
+    weight, bias = taps
+    outputs, inputs, *kernel = weight.shape
+    tile = 1
+    if geometry == Geometry(padding=geometry.padding) and kernel == [3, 3]:
+        tile = winograd_tile(inputs, outputs, sizes[0], *geometry.output_size((3, 3), sizes[2], sizes[3]))
+    packed = torch.ops.fusedres_native.conv_act_pack(weight, geometry.groups, tile)
+    return Filter(packed, None if bias is None else bias.to(weight.dtype).contiguous())
+
+
+def run(
+    x: Tensor, taps: Filter, residual: Tensor | None, geometry: Geometry, act: Activation, in_place: bool
+) -> Tensor:
+    packed, bias = taps if taps.weight.dim() == _PACKED_DIMS else pack(taps, geometry, x.shape, residual is not None)
+    operators = torch.ops.fusedres_native
+    if residual is None or not in_place:
+        return operators.conv_act(x, packed, bias, residual, *geometry, act.code)
+    operators.conv_act_(x, packed, bias, residual, *geometry, act.code)
+    return residual
+
+
+CONVOLUTION = Convolution(pack, run)
+
+
+def objection(request: Request) -> str | None:
+    """Why the kernels can't serve a request, as one sentence."""
+    if request.device != "cpu":
+        return f"it has no convolutions for {request.device} tensors"
+    if request.compiling:
+        return "torch.compile fuses the reference's operations itself"
+    if request.wants_gradient:
+        return "its convolutions have no backward; call it under torch.no_grad() or torch.inference_mode()"
+    if request.subclass:
+        return "x is a tensor subclass, which its operators do not see through"
+    for name, dtype in (("x", request.dtype), ("the weight", request.parameter_dtype)):
+        if dtype is not torch.float32:
+            return f"{name} is {dtype}, and its convolutions are in torch.float32; convert it"
+    if request.residual_dtype not in (None, torch.float32):
+        return f"the residual is {request.residual_dtype}, and its convolutions are in torch.float32; convert it"
+    for name, order in (("x", request.layout), ("the residual", request.residual_layout)):
+        if order not in (None, "channels_last"):
+            return f"{name} is {order} in memory, and its convolutions are in channels_last; convert it"
+    if 0 < request.group_outputs < _PANEL:
+        return f"its vectors hold {_PANEL} output channels of one group, and a group here has {request.group_outputs}"
+    return None

@@ -87,6 +87,7 @@ def backend_of(operation: Operation, mode: Mode) -> Backend | None:
         parameter_dtype=mode.dtype,
         residual_dtype=residual[0],
         residual_layout=residual[1],
+        group_outputs=operation.geometry.group_outputs(operation.conv.out_channels),
     )
     return dispatch.choose(request)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres import dispatch
-from fusedres.backends import Filter, Request
+from fusedres.backends import Filter, Geometry, Request
 from fusedres.epilogue import Activation
 from fusedres.ops import contract
 
@@ -44,14 +44,22 @@ def conv_act(
     activation = contract.activation(act)
     geometry = contract.geometry(stride, padding, dilation, groups)
     contract.check_convolution(x, weight, bias, residual, geometry)
-    found = dispatch.choose(request(x, weight, bias, residual, activation)).convolution
+    found = dispatch.choose(request(x, weight, bias, residual, activation, geometry)).convolution
     assert found is not None  # the dispatcher asks those that have one
     return found.run(x, Filter(weight, bias), residual, geometry, activation, False)
 
 
-def request(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation) -> Request:
+def request(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation,
+    geometry: Geometry,
+) -> Request:
     """The metadata by which the backend of a convolution is chosen."""
     operands = [t for t in (x, weight, bias, residual) if t is not None]
     return contract.request("conv_act", x, residual, None, activation, weight.dtype)._replace(
-        wants_gradient=torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+        wants_gradient=torch.is_grad_enabled() and any(t.requires_grad for t in operands),
+        group_outputs=geometry.group_outputs(weight.shape[0]),
     )

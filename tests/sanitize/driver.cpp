@@ -37,8 +37,6 @@ T pick(std::initializer_list<T> choices) {
   return choices.begin()[draw(static_cast<int64_t>(choices.size()))];
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 DType accumulation(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
 
 // One value of magnitude 1 to 2, or rarely NaN.
