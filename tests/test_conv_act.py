@@ -143,7 +143,7 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
 def test_it_is_served_by_kernels_only_where_they_can() -> None:
     x, weight, bias, residual = operands(*SHAPES[0], torch.float32, "channels_last")
     assert served(x, weight, bias) == served(x, weight, bias, residual=residual) == "native"
-    assert served(*(t.bfloat16() for t in (x, weight, bias))) == "onednn"
+    assert served(x.bfloat16(), weight.bfloat16(), bias.bfloat16()) == "onednn"
     assert served(x, weight[:, :8], bias, groups=2) == "native"
     assert served(x, weight[:, :4], bias, groups=4) == "onednn"  # 8 output channels a group
     assert served(x.contiguous(), weight, bias) == "reference"

@@ -214,7 +214,7 @@ def test_packed_for_one_size_it_serves_any(size):
     geometry, act = Geometry(padding=(1, 1)), CATALOGUE[1]
     case = Case(replace(shape, size=size), 0, act.code, residual=True)
     packed = native_convolution.pack(Filter(case.weight, case.bias), geometry, (1, 32, *shape.size), True)
-    assert packed.weight.shape[0] == 4, "the tile"
+    assert packed.weight.shape == (48, 32, 3, 3, 5), "the room that a tile of 4 takes"
     expected = case.expected()
     y = native_convolution.run(case.x, packed, case.residual, geometry, act, False)
     unpacked = native_convolution.run(case.x, Filter(case.weight, case.bias), case.residual, geometry, act, False)
@@ -237,6 +237,10 @@ def test_what_the_kernels_cant_read_is_refused():
     for x in (case.x.contiguous(), case.x.double(), channels_last(torch.randn(2, 8, 9, 18))[..., ::2]):
         with pytest.raises(RuntimeError, match="x must be float32 in channels_last"):
             operators().conv_act(x, case.packed(), None, None, *case.windows, 0)
+    with pytest.raises(RuntimeError, match="x has 6 channels, and the weight is for 8"):
+        operators().conv_act(channels_last(torch.randn(2, 6, 9, 9)), case.packed(), None, None, *case.windows, 0)
+    with pytest.raises(RuntimeError, match="the weight must come from conv_act_pack"):
+        operators().conv_act(case.x, case.weight, None, None, *case.windows, 0)
     residual = torch.randn(2, 16, 9, 9)
     with pytest.raises(RuntimeError, match="the residual must be float32 in channels_last"):
         operators().conv_act(case.x, case.packed(), None, residual, *case.windows, 0)

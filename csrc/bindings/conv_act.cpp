@@ -14,11 +14,27 @@
 namespace fusedres {
 namespace {
 
+ConvWeights shape_of(const Tensor& weight, int64_t groups, int64_t tile) {
+  return {groups, weight.size(1), weight.size(0) / groups, weight.size(2), weight.size(3), tile};
+}
+
+int64_t room(const ConvWeights& shape) {
+  const int64_t unpacked = shape.groups * shape.outputs * shape.depth();
+  return (shape.elements() + unpacked - 1) / unpacked;
+}
+
+// The tile that weights were packed for: a larger one takes more room.
+int64_t tile_of(const Tensor& packed, int64_t groups) {
+  STD_TORCH_CHECK(packed.dim() == 5, "conv_act: the weight must come from conv_act_pack");
+  for (int64_t tile : {1, 2, 4})
+    if (room(shape_of(packed, groups, tile)) == packed.size(4)) return tile;
+  STD_TORCH_CHECK(false, "conv_act: the weight was packed for other groups");
+}
+
 Tensor conv_act_pack(const Tensor& weight, int64_t groups, int64_t tile) {
-  const int64_t outputs = weight.size(0), rows = weight.size(2), columns = weight.size(3);
-  const ConvWeights shape{groups, weight.size(1), outputs / groups, rows, columns, tile};
-  const int64_t window = tile * outputs * rows * columns, each = (shape.elements() + window - 1) / window;
-  const Tensor packed = empty_accumulation(weight, {tile, outputs, each, rows, columns});
+  const ConvWeights shape = shape_of(weight, groups, tile);
+  const Tensor packed = empty_accumulation(
+      weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3), room(shape)});
   const int64_t strides[] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
   conv_pack(shape, static_cast<const float*>(weight.data_ptr()), strides,
             static_cast<float*>(packed.data_ptr()), packed.numel());
@@ -29,7 +45,7 @@ struct Windows {
   const std::vector<int64_t>&stride, &padding, &dilation;
 
   ConvAxis axis(const Tensor& x, const Tensor& packed, int index) const {
-    const int64_t size = x.size(2 + index), kernel = packed.size(3 + index);
+    const int64_t size = x.size(2 + index), kernel = packed.size(2 + index);
     const int64_t s = stride[index], p = padding[index], d = dilation[index];
     return {size, (size + 2 * p - d * (kernel - 1) - 1) / s + 1, kernel, s, p, d};
   }
@@ -44,11 +60,14 @@ void run_conv_act(const Tensor& x, const Tensor& packed, const OptionalTensor& b
                   const Tensor& y, const Windows& windows, int64_t groups, int64_t act) {
   require_channels_last(x, "x");
   if (residual) require_channels_last(*residual, "the residual");
+  STD_TORCH_CHECK(x.size(1) == groups * packed.size(1), "conv_act: x has ", x.size(1),
+                  " channels, and the weight is for ", groups * packed.size(1));
   auto floats = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
   variant_for(DType::kFloat32)
-      .conv_act({x.size(0), x.size(1), packed.size(1), groups, packed.size(0), windows.axis(x, packed, 0),
-                 windows.axis(x, packed, 1), static_cast<int>(act), floats(x), floats(packed),
-                 bias ? floats(*bias) : nullptr, residual ? floats(*residual) : nullptr, floats(y)});
+      .conv_act({x.size(0), x.size(1), packed.size(0), groups, tile_of(packed, groups),
+                 windows.axis(x, packed, 0), windows.axis(x, packed, 1), static_cast<int>(act), floats(x),
+                 floats(packed), bias ? floats(*bias) : nullptr, residual ? floats(*residual) : nullptr,
+                 floats(y)});
 }
 
 Tensor conv_act(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
@@ -57,7 +76,7 @@ Tensor conv_act(const Tensor& x, const Tensor& packed, const OptionalTensor& bia
                 int64_t act) {
   const Windows windows{stride, padding, dilation};
   const Tensor y = empty_channels_last(
-      x, {x.size(0), packed.size(1), windows.axis(x, packed, 0).outputs, windows.axis(x, packed, 1).outputs});
+      x, {x.size(0), packed.size(0), windows.axis(x, packed, 0).outputs, windows.axis(x, packed, 1).outputs});
   run_conv_act(x, packed, bias, residual ? &*residual : nullptr, y, windows, groups, act);
   return y;
 }

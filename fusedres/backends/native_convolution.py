@@ -1,6 +1,6 @@
 """conv_act in the compiled CPU library: its operators' schemas and fakes, and which form of them a shape takes.
 
-    conv_act_pack(weight, groups, tile) -> weights in the kernels' order, a tensor (tile, outputs, n, rows, columns)
+    conv_act_pack(weight, groups, tile) -> the weight in the kernels' order, (outputs, inputs, rows, columns, n)
     conv_act(x, packed, bias, residual, ...) -> y = act(conv(x, weight) + bias + residual)
     conv_act_(x, packed, bias, residual, ...): y written over the residual
 
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fusedres.backends import Convolution, Filter, Geometry, Request
 from fusedres.epilogue import Activation
@@ -38,8 +39,8 @@ def _fake_pack(weight: Tensor, groups: int, tile: int) -> Tensor:
     padded = -(-(outputs // groups) // _PANEL) * _PANEL
     direct = groups * padded * inputs * rows * columns
     transformed = (tile + 2) ** 2 * padded * inputs if tile > 1 else 0
-    each = -(-(direct + transformed) // (tile * outputs * rows * columns))
-    return weight.new_empty((tile, outputs, each, rows, columns))
+    room = -(-(direct + transformed) // weight.numel())
+    return weight.new_empty((*weight.shape, room))
 
 
 def _fake_conv_act(
@@ -54,10 +55,10 @@ def _fake_conv_act(
     act: int,
 ) -> Tensor:
     height, width = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (packed.shape[3 + i] - 1) - 1) // stride[i] + 1
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (packed.shape[2 + i] - 1) - 1) // stride[i] + 1
         for i in range(2)
     )
-    y = x.new_empty((x.shape[0], height, width, packed.shape[1]))
+    y = x.new_empty((x.shape[0], height, width, packed.shape[0]))
     return y.permute(0, 3, 1, 2)
 
 
@@ -118,6 +119,10 @@ def run(
     x: Tensor, taps: Filter, residual: Tensor | None, geometry: Geometry, act: Activation, in_place: bool
 ) -> Tensor:
     packed, bias = taps if taps.weight.dim() == _PACKED_DIMS else pack(taps, geometry, x.shape, residual is not None)
+    outputs, inputs, rows, columns, _ = packed.shape
+    if x.shape[1] != inputs * geometry.groups or min(geometry.output_size((rows, columns), *x.shape[2:])) < 1:
+        # Nothing for the kernels: eager says what is wrong.
+        return functional.conv2d(x, x.new_zeros(outputs, inputs, rows, columns), bias, *geometry)
     operators = torch.ops.fusedres_native
     if residual is None or not in_place:
         return operators.conv_act(x, packed, bias, residual, *geometry, act.code)
