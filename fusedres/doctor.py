@@ -40,11 +40,12 @@ def examine() -> Iterator[Finding]:
     """Findings as they come; one that FAILED means wrong numbers or an error."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for backend in dispatch.ORDER:
+        ops = [*filter(backend.computes, OPS)]
         served = [device for device in devices if backend.plain or device.upper() in backend.keys]
         for device in served:
-            for op in filter(backend.computes, OPS):
+            for op in ops:
                 yield _op(backend.name, op, device)
-        if not served:
+        if ops and not served:
             yield Finding(f"backend {backend.name}", MISSING, _no_device())
     yield _compiler()
     yield _library()

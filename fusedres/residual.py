@@ -111,7 +111,7 @@ def objection(block: nn.Module, residual: Residual) -> str | None:
 
 def run(block: nn.Module, residual: Residual, x: Tensor, eager: Callable[[Tensor], Tensor]) -> Tensor:
     """The block's output: fused, or by `eager` wherever the formula does not apply to this call."""
-    parts = _SMALL if _is_small(block, residual, x) else ambient_objection(x) or _parts(block, residual)
+    parts = _SMALL if _is_small(block, residual, x) else ambient_objection(block, x) or _parts(block, residual)
     if dispatch.recorder is None:
         return eager(x) if isinstance(parts, str) else execute(parts, x, of_block(block))
     with dispatch.recorder.inside(block, parts if isinstance(parts, str) else None):
@@ -146,8 +146,8 @@ def _synchronises(block: nn.Module) -> bool:
     return any(type(module) is nn.SyncBatchNorm for module in block.modules())
 
 
-def ambient_objection(x: Tensor) -> str | None:
-    """What makes any block take its eager path in this call."""
+def ambient_objection(block: nn.Module, x: Tensor) -> str | None:
+    """What makes the block take its eager path in this call, whatever its description."""
     if dispatch.disabled:
         return "FUSEDRES_DISABLE is set"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
@@ -165,7 +165,8 @@ def ambient_objection(x: Tensor) -> str | None:
         return "torch.jit.trace is running"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
-    return "the input is empty" if x.numel() == 0 else None
+    # A share without images still has to take part in the others' statistics.
+    return "the input is empty" if x.numel() == 0 and not _synchronises(block) else None
 
 
 def _parts(block: nn.Module, residual: Residual) -> Parts | str:

@@ -74,7 +74,7 @@ def _objection(module: nn.Module, x: Tensor) -> str | None:
         return "gradients are enabled; call it under torch.no_grad() or torch.inference_mode()"
     if torch._C._len_torch_dispatch_stack():
         return "a dispatch mode is active"
-    return ambient_objection(x)
+    return ambient_objection(module, x)
 
 
 def mode_of(module: nn.Module, x: Tensor) -> Mode | str:
