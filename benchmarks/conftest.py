@@ -66,6 +66,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test for every contestant of every case in the module's `races(quick)`, {case: names of contestants}."""
+    if "contestant" not in metafunc.fixturenames:
+        return
     races = metafunc.module.races(metafunc.config.getoption("--quick"))
     pairs = [(case, contestant) for case, contestants in races.items() for contestant in contestants]
     metafunc.parametrize("case, contestant", pairs, ids=[f"{case}-{contestant}" for case, contestant in pairs])
