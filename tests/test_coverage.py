@@ -1,6 +1,7 @@
 """Whole networks of torchvision and timm: fused where they can be, equal to themselves unfused in any case."""
 
 import fnmatch
+from functools import cache, partial
 
 import pytest
 import torch
@@ -64,14 +65,26 @@ def step(model, x, training):
     return found
 
 
-def assert_close(fused, eager, name):
+def differs(fused, eager):
     """In fp64, with room for how much a deep network amplifies a rounding."""
     if eager is None or not eager.is_floating_point():
-        assert fused is eager or torch.equal(fused, eager), name
-        return
+        return not (fused is eager or torch.equal(fused, eager))
     scale = eager.abs().max().item() + 1e-6
     bar = 1e-8 if eager.dtype == torch.float64 else 1e-2
-    assert (fused - eager).abs().max().item() <= bar * scale, name
+    return (fused - eager).abs().max().item() > bar * scale
+
+
+def assert_same(found, expected, yardstick):
+    """Equal, or not much farther than eager from a yardstick: some networks amplify a rounding beyond any bar."""
+    for name in [name for name, tensor in expected.items() if differs(found[name], tensor)]:
+        ours, eagers = ((t[name] - yardstick()[name]).norm().item() for t in (found, expected))
+        assert ours <= 10 * eagers, f"{name}: {ours} from the yardstick, eager {eagers}"
+
+
+def yardstick_of(model, x, training):
+    """The step in fp64 for one in fp32; for one in fp64, at an input that is another by some roundings."""
+    nudged = x * (1 + 8 * torch.finfo(x.dtype).eps) if x.dtype == torch.float64 else x.double()
+    return step(model.double(), nudged, training)
 
 
 @pytest.mark.parametrize("library, name", list(networks()))
@@ -92,8 +105,8 @@ def test_a_network_is_fused_or_skipped_and_equal_to_itself(library, name):
     fused = [step(model, x, training) for training in modes]
     fusedres.unfuse(model)
     for training, found in zip(modes, fused, strict=True):
-        for tensor, expected in step(model, x, training).items():
-            assert_close(found[tensor], expected, f"{tensor}, training={training}")
+        expected = step(model, x, training)
+        assert_same(found, expected, cache(partial(yardstick_of, model, x, training)))
 
 
 def test_the_sample_is_of_these_networks():
