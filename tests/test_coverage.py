@@ -1,6 +1,7 @@
 """Whole networks of torchvision and timm: fused where they can be, equal to themselves unfused in any case."""
 
 import fnmatch
+import math
 from functools import cache, partial
 
 import pytest
@@ -75,10 +76,13 @@ def differs(fused, eager):
 
 
 def assert_same(found, expected, yardstick):
-    """Equal, or not much farther than eager from a yardstick: some networks amplify a rounding beyond any bar."""
-    for name in [name for name, tensor in expected.items() if differs(found[name], tensor)]:
+    """Equal, or where a network amplifies roundings beyond any bar, not much farther from a yardstick than eager is."""
+    names = [name for name, tensor in expected.items() if differs(found[name], tensor)]
+    ratios = []
+    for name in names:
         ours, eagers = ((t[name] - yardstick()[name]).norm().item() for t in (found, expected))
-        assert ours <= 10 * eagers, f"{name}: {ours} from the yardstick, eager {eagers}"
+        ratios.append(math.log((ours + 1e-300) / (eagers + 1e-300)))
+    assert not ratios or math.exp(sum(ratios) / len(ratios)) <= 4, names
 
 
 def yardstick_of(model, x, training):
