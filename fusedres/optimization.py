@@ -105,7 +105,7 @@ def optimize(model: nn.Module, *, example: Tensor | None = None) -> Optimization
         try:
             with torch.no_grad():
                 model(example)
-        except Exception:
+        except BaseException:  # Ctrl-C too leaves the model as it was; nothing is swallowed
             for module in before:
                 _restore(module)
             raise
