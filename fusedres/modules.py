@@ -56,7 +56,7 @@ def window_of(pool: nn.Module) -> Window | None:
     return Window(*sizes) if pool.dilation in (1, (1, 1)) else None
 
 
-def _member(module: nn.Module, name: str) -> Any:
+def member(module: nn.Module, name: str) -> Any:
     """A parameter, buffer or attribute; `nn.Module.__getattr__` takes five times as long to find the first two."""
     parameters = module._parameters
     if name in parameters:
@@ -67,7 +67,7 @@ def _member(module: nn.Module, name: str) -> Any:
 
 def dtypes_fit(dtype: torch.dtype, norm: nn.Module) -> bool:
     """Whether the norm keeps the dtype: it does half activations with fp32 parameters, unless it is frozen."""
-    weight = _member(norm, "weight")
+    weight = member(norm, "weight")
     if weight is None or weight.dtype == dtype:
         return True
     return dtype in _HALF and weight.dtype == torch.float32 and not _is_frozen(type(norm))
@@ -84,13 +84,13 @@ def _counter(norm: Any) -> Tensor | None:
     """Of the batches, where this call counts its own."""
     if not norm.training or _is_frozen(type(norm)) or not norm.track_running_stats:
         return None
-    return _member(norm, "num_batches_tracked")
+    return member(norm, "num_batches_tracked")
 
 
 def norm_of(module: Any) -> Norm:
     """What the module's forward would pass to `torch.nn.functional.batch_norm`, the batch being counted."""
-    weight, bias = _member(module, "weight"), _member(module, "bias")
-    mean, var = _member(module, "running_mean"), _member(module, "running_var")
+    weight, bias = member(module, "weight"), member(module, "bias")
+    mean, var = member(module, "running_mean"), member(module, "running_var")
     if _is_frozen(type(module)):
         return Norm(weight, bias, mean, var, eps=module.eps)
     training, momentum = module.training, module.momentum

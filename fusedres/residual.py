@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
-from fusedres import dispatch
+from fusedres import composed, dispatch
 from fusedres.apart import alone
 from fusedres.epilogue import IDENTITY, Activation, of_module, settings_of
 from fusedres.executor import Parts, Span, execute
@@ -111,28 +111,35 @@ def objection(block: nn.Module, residual: Residual) -> str | None:
 
 def run(block: nn.Module, residual: Residual, x: Tensor, eager: Callable[[Tensor], Tensor]) -> Tensor:
     """The block's output: fused, or by `eager` wherever the formula does not apply to this call."""
-    parts = _SMALL if _is_small(block, residual, x) else ambient_objection(block, x) or _parts(block, residual)
+    parts = ambient_objection(block, x) or _parts(block, residual)
     if dispatch.recorder is None:
-        return eager(x) if isinstance(parts, str) else execute(parts, x, of_block(block))
-    with dispatch.recorder.inside(block, parts if isinstance(parts, str) else None):
-        return eager(x) if isinstance(parts, str) else execute(parts, x, of_block(block))
+        return _compute(block, parts, x, eager)
+    reason = parts if isinstance(parts, str) else _SMALL if _is_small(block, parts, x) else None
+    with dispatch.recorder.inside(block, reason):
+        return _compute(block, parts, x, eager)
 
 
-_SMALL = "the input is small: eager is faster below FUSEDRES_MIN_ELEMENTS elements"
+def _compute(block: nn.Module, parts: Parts | str, x: Tensor, eager: Callable[[Tensor], Tensor]) -> Tensor:
+    if isinstance(parts, str):
+        return eager(x)
+    if not _is_small(block, parts, x):
+        return execute(parts, x, of_block(block))
+    return composed.execute(parts, x) if composed.is_possible(parts) else eager(x)
 
 
-def _is_small(block: nn.Module, residual: Residual, x: Tensor) -> bool:
-    """Whether a call costs more than the fusion saves, and nothing else asks for it; this runs in every tiny call.
+_SMALL = "the input is small: PyTorch's own operators are faster below FUSEDRES_MIN_ELEMENTS elements"
+
+
+def _is_small(block: nn.Module, parts: Parts, x: Tensor) -> bool:
+    """Whether a kernel's call costs more than it saves, and nothing else asks for it; this runs in every tiny call.
 
     A chain without a shortcut is never small: a stem's input says little about what its norm takes.
     """
     return (
-        residual.shortcut is not None
-        and type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None  # a size is a tensor there
+        not torch.compiler.is_compiling()  # a size may be symbolic there
         and x.numel() < dispatch.min_elements
         and x.is_cpu
+        and parts.joins
         and not dispatch.is_forced()
         and of_block(block) is Memory.FAST
         and not _synchronises(block)

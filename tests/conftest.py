@@ -63,15 +63,33 @@ def on_device(device):
 OWN = ("native",) if os.environ.get("FUSEDRES_TEST_DEVICE", "cpu") == "cpu" else ("triton", "cuda")
 
 
-@pytest.fixture(params=["reference", "python", *OWN])
-def backend(request):
-    """The clause must hold for the reference, for kernels in Python, and for those of the device."""
+FUSED = ("reference", "python", *OWN)
+
+
+def serving(request):
+    """The context in which the backend of a fixture's parameter comes first."""
     if request.param == "reference":
-        with fusedres.use_backend("reference"):
-            yield request.param
-    else:
-        request.getfixturevalue("kernels" if request.param == "python" else request.param)
+        return fusedres.use_backend("reference")
+    request.getfixturevalue("kernels" if request.param == "python" else request.param)
+    return nullcontext()
+
+
+@pytest.fixture(params=FUSED)
+def fused_backend(request):
+    """The clause must hold for the reference, for kernels in Python, and for those of the device."""
+    with serving(request):
         yield request.param
+
+
+@pytest.fixture(params=[*FUSED, *(["composed"] if "native" in OWN else [])])
+def backend(request, monkeypatch):
+    """The same of whole blocks: it must hold for small inputs too, which PyTorch's own operators take."""
+    if request.param == "composed":
+        monkeypatch.setattr(dispatch, "min_elements", 10**9)
+        yield request.param
+    else:
+        with serving(request):
+            yield request.param
 
 
 @pytest.fixture(params=["python", *OWN])

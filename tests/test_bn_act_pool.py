@@ -48,7 +48,7 @@ SHAPES = ((2, 3, 7, 6), (1, 35, 5, 19), (1, 2, 4, 1300), (1, 600, 4, 4))
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_result_is_that_of_pooling_the_activation(
-    backend: str, dtype: torch.dtype, order: torch.memory_format, act: str
+    fused_backend: str, dtype: torch.dtype, order: torch.memory_format, act: str
 ) -> None:
     for shape, window in itertools.product(SHAPES, WINDOWS):
         require_the_same_as_pooling_the_activation(shape, window, dtype, order, act)
@@ -80,7 +80,7 @@ def require_the_same_as_pooling_the_activation(
 
 @pytest.mark.parametrize("subset", list(itertools.product([False, True], repeat=3)), ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_of_every_subset(backend: str, training: bool, subset: tuple[bool, ...]) -> None:
+def test_gradients_of_every_subset(fused_backend: str, training: bool, subset: tuple[bool, ...]) -> None:
     window, shapes = WINDOWS[sum(subset)], ((2, 3, 5, 6), (3,), (3,))
     operands = [leaf(*shape).detach().requires_grad_(need) for shape, need in zip(shapes, subset, strict=True)]
     if any(subset):
@@ -91,7 +91,7 @@ def test_gradients_of_every_subset(backend: str, training: bool, subset: tuple[b
 
 @pytest.mark.parametrize("act", ["relu", "identity", "silu"])
 @pytest.mark.parametrize("training", [True, False])
-def test_second_order_gradients(backend: str, training: bool, act: str) -> None:
+def test_second_order_gradients(fused_backend: str, training: bool, act: str) -> None:
     operands = leaf(2, 3, 5, 4), leaf(3), leaf(3)
     for order in ORDERS:
         x = operands[0].detach().contiguous(memory_format=order).requires_grad_()
@@ -141,7 +141,7 @@ def test_results_are_the_same_bits_whatever_the_threads(order: torch.memory_form
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dynamo_backend", ["aot_eager", "inductor"])
 def test_fullgraph_compilation_moves_the_statistics_once(
-    backend: str, dynamo_backend: str, order: torch.memory_format
+    fused_backend: str, dynamo_backend: str, order: torch.memory_format
 ) -> None:
     torch._dynamo.reset()
     x = torch.randn(2, 5, 8, 8).contiguous(memory_format=order).requires_grad_()
@@ -183,7 +183,7 @@ def test_a_gradient_of_any_strides_is_taken(kernel_backend: str) -> None:
         assert torch.equal(torch.autograd.grad(y, x, dy, retain_graph=True)[0], expected)
 
 
-def test_an_empty_batch_is_eagers(backend: str) -> None:
+def test_an_empty_batch_is_eagers(fused_backend: str) -> None:
     x = torch.randn(0, 3, 4, 4, requires_grad=True)
     y = bn_act_pool(x, Norm(training=True), kernel_size=2)
     assert y.shape == (0, 3, 2, 2) and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
@@ -217,6 +217,6 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("message", BAD_INPUT)
-def test_bad_input_gets_the_rule_what_came_and_the_remedy(backend: str, message: str) -> None:
+def test_bad_input_gets_the_rule_what_came_and_the_remedy(fused_backend: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BAD_INPUT[message]()

@@ -41,7 +41,7 @@ def compiled(module, backend="aot_eager"):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("build", BUILDS)
-def test_a_compiled_block_equals_eager_and_moves_its_statistics_once(build, training, backend):
+def test_a_compiled_block_equals_eager_and_moves_its_statistics_once(build, training, fused_backend):
     fused, eager = BUILDS[build]()
     run = compiled(fused.train(training))
     eager.train(training)
@@ -52,26 +52,26 @@ def test_a_compiled_block_equals_eager_and_moves_its_statistics_once(build, trai
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_without_gradients_a_compiled_block_equals_eager(training, backend):
+def test_without_gradients_a_compiled_block_equals_eager(training, fused_backend):
     fused, eager = projection_pair()
     run, x = compiled(fused.train(training)), sample()
     actual = observe(run, x, owner=fused, backward=False, context=torch.no_grad)
     assert_same_outcome(actual, observe(eager.train(training), x, backward=False, context=torch.no_grad), exact=False)
 
 
-def test_channels_last_stays_so_under_compilation(backend):
+def test_channels_last_stays_so_under_compilation(fused_backend):
     fused, eager = projection_pair()
     x = sample().to(memory_format=torch.channels_last)
     assert_same_outcome(observe(compiled(fused), x, owner=fused), observe(eager, x), exact=False)
 
 
-def test_inductor_equals_eager(backend):
+def test_inductor_equals_eager(fused_backend):
     fused, eager = projection_pair()
     x = sample()
     assert_same_outcome(observe(compiled(fused, "inductor"), x, owner=fused), observe(eager, x), exact=False)
 
 
-def test_autocast_inside_a_compiled_region_gives_eagers_dtypes(device, backend):
+def test_autocast_inside_a_compiled_region_gives_eagers_dtypes(device, fused_backend):
     fused, eager = projection_pair(dtype=torch.float32)
 
     def step(block):
@@ -90,7 +90,7 @@ def test_autocast_inside_a_compiled_region_gives_eagers_dtypes(device, backend):
     torch.testing.assert_close(actual.tensors["y"], expected.tensors["y"], rtol=ulps, atol=ulps)
 
 
-def test_a_whole_compiled_model_trains_as_eager(backend):
+def test_a_whole_compiled_model_trains_as_eager(fused_backend):
     torch.manual_seed(0)
     model = fusedres.models.ResNet(fusedres.BasicBlock, (1, 1, 1, 1), 3, stem="cifar").double()
     x = sample(4, 3, 16, 16)
@@ -101,7 +101,7 @@ def test_a_whole_compiled_model_trains_as_eager(backend):
     torch.testing.assert_close(actual.tensors, expected.tensors, rtol=1e-8, atol=1e-10)
 
 
-def test_other_batch_sizes_cost_one_more_compilation_at_most(backend):
+def test_other_batch_sizes_cost_one_more_compilation_at_most(fused_backend):
     recorder = Recorder()
     fused, eager = projection_pair()
     run = recorder.compile(fused.eval())
@@ -111,7 +111,7 @@ def test_other_batch_sizes_cost_one_more_compilation_at_most(backend):
     assert len(recorder.graphs) <= 2
 
 
-def test_training_steps_do_not_recompile(backend):
+def test_training_steps_do_not_recompile(fused_backend):
     recorder = Recorder()
     fused, _ = projection_pair()
     run = recorder.compile(fused)
@@ -120,7 +120,7 @@ def test_training_steps_do_not_recompile(backend):
     assert len(recorder.graphs) == 1
 
 
-def test_train_and_eval_are_compiled_apart(backend):
+def test_train_and_eval_are_compiled_apart(fused_backend):
     recorder = Recorder()
     fused, eager = projection_pair()
     run, x = recorder.compile(fused), sample()
@@ -147,7 +147,7 @@ def test_a_change_of_backend_after_compilation_is_noticed(kernels):
     assert ["fusedres_python.bn_act.default" in graph for graph in recorder.graphs] == [False, True]
 
 
-def test_a_replaced_child_after_compilation_is_noticed(backend):
+def test_a_replaced_child_after_compilation_is_noticed(fused_backend):
     fused, eager = projection_pair()
     run, x = compiled(fused), sample()
     run(x), eager(x)
@@ -157,7 +157,7 @@ def test_a_replaced_child_after_compilation_is_noticed(backend):
 
 
 @pytest.mark.parametrize("target", ["bn1", "relu", "shortcut.1", "conv1"])
-def test_a_hook_set_before_compilation_is_compiled_in(target, backend):
+def test_a_hook_set_before_compilation_is_compiled_in(target, fused_backend):
     fused, eager = projection_pair()
     for block in (fused, eager):
         block.get_submodule(target).register_forward_hook(lambda module, args, y: y * 2)

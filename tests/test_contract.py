@@ -37,6 +37,19 @@ def weight_norm_of_old(module):
         nn.utils.weight_norm(module, dim=None)
 
 
+def with_plain(*names):
+    """As libraries of meta-learning do it: what the convolution had as parameters are attributes."""
+
+    def replace(block):
+        block.conv2 = nn.Conv2d(6, 6, 3, padding=1).double()
+        for name in names:
+            value = getattr(block.conv2, name).detach() * 2
+            delattr(block.conv2, name)
+            setattr(block.conv2, name, value)
+
+    return replace
+
+
 REPLACED = {
     "relu by LeakyReLU(0.3)": ("fused", lambda b: setattr(b, "relu", nn.LeakyReLU(0.3))),
     "relu by LeakyReLU": ("fused", lambda b: setattr(b, "relu", nn.LeakyReLU(inplace=True))),
@@ -47,6 +60,16 @@ REPLACED = {
     "relu by tanh GELU": ("fused", lambda b: setattr(b, "relu", nn.GELU("tanh"))),
     "relu by Hardswish": ("fused", lambda b: setattr(b, "relu", nn.Hardswish())),
     "relu by Identity": ("fused", lambda b: setattr(b, "relu", nn.Identity())),
+    "conv2's parameters by plain tensors": ("fused", with_plain("weight", "bias")),
+    "conv2's bias by a plain tensor": ("fused", with_plain("bias")),
+    "conv1 by one that reflects": (
+        "fused",
+        lambda b: setattr(b, "conv1", nn.Conv2d(4, 6, 3, 2, 1, bias=False, padding_mode="reflect").double()),
+    ),
+    "conv2 by one with its padding in words": (
+        "fused",
+        lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 3, padding="same").double()),
+    ),
     "conv1 by a Sequential": ("fused", lambda b: setattr(b, "conv1", nn.Sequential(b.conv1, Doubled()))),
     "bn1 by GroupNorm": ("eager", lambda b: setattr(b, "bn1", nn.GroupNorm(2, 6, dtype=torch.float64))),
     "bn1 by Identity": ("eager", lambda b: setattr(b, "bn1", nn.Identity())),

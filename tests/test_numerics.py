@@ -15,7 +15,7 @@ POOL_CASES = testing.pool_cases(2000)
 
 @pytest.mark.parametrize("op", ["bn_act", "affine_act", "bn_act_pool"])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_errors_stay_within_the_bar(backend: str, op: str, dtype: torch.dtype, device: str) -> None:
+def test_errors_stay_within_the_bar(fused_backend: str, op: str, dtype: torch.dtype, device: str) -> None:
     cases = [*CASES, *POOL_CASES]
     rows = [row for case in cases if (case.op, case.dtype) == (op, dtype) for row in numerics.compare(case, device)]
     alone = [row for row in rows if row.fails_alone()]

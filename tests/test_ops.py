@@ -43,7 +43,7 @@ def bn_operands() -> list[Tensor]:
 @pytest.mark.parametrize(
     "subset", list(itertools.product([False, True], repeat=7)), ids=lambda s: "".join("01"[b] for b in s)
 )
-def test_gradients_of_every_subset_of_bn_act(backend: str, subset: tuple[bool, ...]) -> None:
+def test_gradients_of_every_subset_of_bn_act(fused_backend: str, subset: tuple[bool, ...]) -> None:
     operands = [t.detach().requires_grad_(needed) for t, needed in zip(bn_operands(), subset, strict=True)]
     f = both_norms(True, False, "relu")
     if any(subset):
@@ -53,7 +53,7 @@ def test_gradients_of_every_subset_of_bn_act(backend: str, subset: tuple[bool, .
 
 
 @pytest.mark.parametrize("chosen", [*itertools.combinations(range(9), 1), *itertools.combinations(range(9), 8)])
-def test_gradients_of_single_operands_and_all_but_one_of_affine_act(backend: str, chosen: tuple[int, ...]) -> None:
+def test_gradients_of_one_operand_and_all_but_one_of_affine_act(fused_backend: str, chosen: tuple[int, ...]) -> None:
     shapes = [(2, 3, 2, 3), (3,), (3,), (3,), (2, 3, 2, 3), (3,), (3,), (3,), (1, 3, 1, 1)]
     operands = [leaf(*shape).detach().requires_grad_(index in chosen) for index, shape in enumerate(shapes)]
     assert torch.autograd.gradcheck(both_affine, operands, fast_mode=True)
@@ -61,7 +61,7 @@ def test_gradients_of_single_operands_and_all_but_one_of_affine_act(backend: str
 
 @pytest.mark.parametrize("act", [row.name for row in CATALOGUE])
 @pytest.mark.parametrize("modes", list(itertools.product([True, False], repeat=2)), ids=str)
-def test_first_and_second_order_gradients_of_both_norms(backend: str, act: str, modes: tuple[bool, bool]) -> None:
+def test_first_and_second_order_gradients_of_both_norms(fused_backend: str, act: str, modes: tuple[bool, bool]) -> None:
     operands = bn_operands()
     f = both_norms(*modes, act)
     assert torch.autograd.gradcheck(f, operands)
@@ -69,7 +69,7 @@ def test_first_and_second_order_gradients_of_both_norms(backend: str, act: str, 
 
 
 @pytest.mark.parametrize("act", [row.name for row in CATALOGUE])
-def test_second_order_gradients_of_affine_act(backend: str, act: str) -> None:
+def test_second_order_gradients_of_affine_act(fused_backend: str, act: str) -> None:
     shapes = [(2, 3, 2, 3), (3,), (3,), (3,), (2, 3, 2, 3), (3,), (3,), (3,), (2, 3, 1, 1)]
     operands = [leaf(*shape) for shape in shapes]
     assert torch.autograd.gradgradcheck(lambda *t: both_affine(*t, act=act), operands, fast_mode=True)
@@ -88,7 +88,7 @@ def test_third_order_gradients_where_atens_batch_norm_has_none() -> None:
     assert torch.autograd.gradcheck(second, (x, w))
 
 
-def test_one_operand_computed_from_another_keeps_the_gradients_apart(backend: str) -> None:
+def test_one_operand_computed_from_another_keeps_the_gradients_apart(fused_backend: str) -> None:
     r, w = leaf(3, 2, 2, 2), leaf(2)
 
     def f(r: Tensor, w: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def test_opcheck_without_exemptions(kernel_backend: str, keep_mask: bool, order:
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
-def test_outputs_and_gradients_have_eagers_strides(backend: str, layout: str) -> None:
+def test_outputs_and_gradients_have_eagers_strides(fused_backend: str, layout: str) -> None:
     for shape in testing.SHAPES:
         case = testing.Case(
             "bn_act", torch.float32, layout, shape, "normal", "training", "plain", "none", "relu", "all", 1
@@ -143,7 +143,7 @@ def strides(t: Tensor) -> list[int]:
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dynamo_backend", ["aot_eager", "inductor"])
 def test_fullgraph_compilation_moves_the_statistics_once(
-    backend: str, dynamo_backend: str, order: torch.memory_format
+    fused_backend: str, dynamo_backend: str, order: torch.memory_format
 ) -> None:
     torch._dynamo.reset()
     x = torch.randn(2, 5, 4, 4).to(memory_format=order).requires_grad_()
@@ -163,7 +163,7 @@ def test_fullgraph_compilation_moves_the_statistics_once(
         assert compiled.stride() == eager.stride()
 
 
-def test_half_inputs_take_fp32_parameters_and_give_them_fp32_gradients(backend: str) -> None:
+def test_half_inputs_take_fp32_parameters_and_give_them_fp32_gradients(fused_backend: str) -> None:
     x = torch.randn(4, 3, 2, 2).bfloat16().requires_grad_()
     r = torch.randn(4, 3, 2, 2, requires_grad=True)
     weight = torch.rand(3, requires_grad=True)
@@ -174,7 +174,7 @@ def test_half_inputs_take_fp32_parameters_and_give_them_fp32_gradients(backend: 
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (2, 3, 2, 3, 2), (0, 3, 2, 2)])
-def test_any_number_of_dimensions_and_empty_batches_are_eagers(backend: str, shape: tuple[int, ...]) -> None:
+def test_any_number_of_dimensions_and_empty_batches_are_eagers(fused_backend: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, requires_grad=True)
     weight, bias = torch.rand(3, requires_grad=True), torch.rand(3, requires_grad=True)
     y = bn_act(x, Norm(weight, bias, training=True), residual=x)
@@ -214,12 +214,12 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("message", BAD_INPUT)
-def test_bad_input_gets_the_rule_what_came_and_the_remedy(backend: str, message: str) -> None:
+def test_bad_input_gets_the_rule_what_came_and_the_remedy(fused_backend: str, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         BAD_INPUT[message]()
 
 
-def test_nothing_is_modified_before_the_check_passes(backend: str) -> None:
+def test_nothing_is_modified_before_the_check_passes(fused_backend: str) -> None:
     mean, var = torch.zeros(3), torch.ones(3)
     with pytest.raises(ValueError, match="residual must match"):
         bn_act(X, Norm(None, None, mean, var, training=True), residual=X[:1])

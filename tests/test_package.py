@@ -27,6 +27,7 @@ LAYERS = (
     {"report"},
     {"blocks", "explanation", "models"},
     {"residual"},
+    {"composed"},
     {"executor"},
     {"segment"},
     {"synchronised"},

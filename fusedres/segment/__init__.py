@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fusedres import dispatch
 from fusedres.memory import Memory
-from fusedres.modules import count_batch, dtypes_fit, is_hooked, norm_of
+from fusedres.modules import count_batch, dtypes_fit, is_hooked, member, norm_of
 from fusedres.ops import kernels
 from fusedres.segment.function import SegmentFunction
 from fusedres.segment.plan import Plan, Step
@@ -71,7 +71,7 @@ def run(x: Tensor, links: Sequence[Link], end: End | None, memory: Memory) -> Te
             return None
         if group_of(norm) is not None:
             return None
-        weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+        weight, bias = conv._parameters["weight"], member(conv, "bias")
         steps.append(Step(weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, norm_of(norm), act))
     requests = requests_of(x, shortcut, dtype, steps, len(links))
     if requests is None or any(dispatch.serving(request).plain for request in requests):
