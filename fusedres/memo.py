@@ -63,13 +63,14 @@ class Memo:
     What `holds` does is written out, because every call of every block pays for it.
     """
 
-    __slots__ = ("_block", "_children", "_classes", "_key", "_modules", "_sequences", "_settings", "answer")
+    __slots__ = ("_block", "_children", "_classes", "_key", "_modules", "_sequences", "_settings", "_states", "answer")
 
     def __init__(self, answer: Any, key: object, reader: Reader) -> None:
         self.answer = answer
         self._key = key  # kept alive, because it is found by its id
         self._block = reader.block
         self._modules, self._settings = [*reader.modules], reader.settings
+        self._states = [module.__dict__ for module in self._modules]
         self._classes = [*map(type, self._modules)]
         self._children = [(holder, dict(holder._modules)) for holder in reader.holders]
         self._sequences = [(holder, [*holder._modules.values()]) for holder in reader.sequences]
@@ -88,8 +89,7 @@ class Memo:
             value = getattr(module, name, MISSING)
             if value is not before and not is_same(value, before):
                 return False
-        for module in self._modules:  # is_hooked
-            state = module.__dict__
+        for state in self._states:  # is_hooked
             if (
                 state["_forward_hooks"]
                 or state["_forward_pre_hooks"]

@@ -35,7 +35,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self.eager_forward(x)
-        residual = self.residual if self.shortcut is None else self._residual_of_shortcut
+        residual = self.residual if self._modules.get("shortcut") is None else self._residual_of_shortcut
         return run(self, residual, x, self.eager_forward)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -59,7 +59,7 @@ class Block(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A projection loads under either of its names."""
-        own, other = ("downsample", "shortcut") if self.shortcut is None else ("shortcut", "downsample")
+        own, other = ("downsample", "shortcut") if self._modules.get("shortcut") is None else ("shortcut", "downsample")
         if getattr(self, own) is not None and not any(key.startswith(f"{prefix}{own}.") for key in state_dict):
             for key in [key for key in state_dict if key.startswith(f"{prefix}{other}.")]:
                 state_dict[f"{prefix}{own}.{key.removeprefix(f'{prefix}{other}.')}"] = state_dict.pop(key)
