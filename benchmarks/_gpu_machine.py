@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import platform
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from _gpu_stage import ROOT, Run, release
 
+from fusedres import cache
 from fusedres.bench.timing import Call, Report, graphed, samples_ms
 
 NVIDIA_SMI_FIELDS = (
@@ -27,12 +29,23 @@ def identity(run: Run) -> dict[str, object]:
     """The few facts without which no number means anything; every stage's file begins with them."""
     return {
         "device": run.device.type,
-        "device_name": torch.cuda.get_device_name(run.device) if run.cuda else f"CPU {platform.machine()}",
+        "device_name": device_name(run),
         "tiny": run.tiny,
         "torch": torch.__version__,
         "commit": git("rev-parse", "HEAD"),
+        "tuned_table": tuned_table(run),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def device_name(run: Run) -> str:
+    return torch.cuda.get_device_name(run.device) if run.cuda else f"CPU {platform.machine()}"
+
+
+def tuned_table(run: Run) -> str | None:
+    """The digest of what tuning found for this device, and what runs from now on uses; None where there is nothing."""
+    path = cache.table(cache.location(), device_name(run))
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def env(run: Run, report: Report) -> list[str]:

@@ -36,6 +36,7 @@ import _gpu_ops as ops
 import _gpu_profile as profile
 import _gpu_sanitizers as sanitizers
 import _gpu_suite as suite
+import _gpu_tuning as tuning
 import torch
 from _gpu_stage import Run, one_line
 
@@ -61,6 +62,7 @@ STAGES = {
     "suite": Stage(suite.suite, suite.suite_summary),
     "sanitizers": Stage(sanitizers.sanitizers, sanitizers.summary),
     "kernels": Stage(kernels.kernels, kernels.summary),
+    "tuning": Stage(tuning.tune, tuning.summary),
     "ops": Stage(ops.ops, ops.summary),
     "backends": Stage(backends.backends, backends.summary),
     "baseline-train-resnet50": Stage(partial(baseline.train, "resnet50"), baseline.summary),

@@ -23,7 +23,7 @@ from fusedres.testing import Case, Operands
 torch._functorch.config.donated_buffer = False  # the backward is timed again and again over one graph
 
 BATCHES = (1, 16)
-STEM, BLOCKS = tuning.SHAPES[0][1:], [shape[1:] for shape in tuning.SHAPES[1:]]
+STEM, *BLOCKS = tuning.NORMS
 QUICK_SHAPES = ((2, 64, 28, 28), (1, 512, 7, 7))
 KERNEL_BACKENDS = [backend.name for backend in dispatch.ORDER if "CPU" in backend.keys]
 # By op and residual: tensors as large as x that have to be read and written, masks left out, (forward, backward). A

@@ -79,12 +79,15 @@ def compile_libraries(
 @app.command()
 def tune(
     dtype: Annotated[Precision, typer.Option(help="Of the tensors that are timed.")] = Precision.BF16,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a step.")] = tuning.BATCH,
 ) -> None:
-    """Time every configuration of the Triton kernels on this GPU, and keep the fastest."""
-    where = _device("cuda")
+    """Time every configuration of the Triton kernels on this GPU, at the shapes of ResNets, and keep the fastest."""
+    where, shapes = _device("cuda"), tuning.shapes_at(batch)
     with _progress() as bar:
         task = bar.add_task("tuning", total=None)
         table = tuning.tune(
+            shapes,
+            stems=shapes[:1],
             dtypes=(DTYPES[dtype.value],),
             device=where,
             progress=lambda done, total: bar.update(task, completed=done, total=total),

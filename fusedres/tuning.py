@@ -20,9 +20,9 @@ from fusedres.backends import Statistics, Window
 if TYPE_CHECKING:
     from fusedres.backends.triton.configurations import Config, Pass
 
-# (N, C, H, W) of the norms of a ResNet-50 at batch 256.
-SHAPES = tuple(
-    (256, channels, side, side)
+# (C, H, W) of the norms of ResNet-18 and -50; after the first comes a max-pool.
+NORMS = tuple(
+    (channels, side, side)
     for side, widths in {
         112: (64,),
         56: (64, 128, 256),
@@ -32,15 +32,20 @@ SHAPES = tuple(
     }.items()
     for channels in widths
 )
-STEMS = ((256, 64, 112, 112),)
+BATCH = 256
 STEM_WINDOW = Window((3, 3), (2, 2), (1, 1))
 Call = Callable[[], object]
 
 
+def shapes_at(batch: int) -> list[tuple[int, ...]]:
+    """(N, C, H, W) of the norms of ResNet-18 and -50, the stem's first."""
+    return [(batch, *norm) for norm in NORMS]
+
+
 def tune(
-    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    shapes: Sequence[tuple[int, ...]] | None = None,
     *,
-    stems: Sequence[tuple[int, ...]] = STEMS,
+    stems: Sequence[tuple[int, ...]] | None = None,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
     memory_format: torch.memory_format = torch.channels_last,
     device: torch.device | str = "cuda",
@@ -48,8 +53,11 @@ def tune(
 ) -> Path:
     """Time every configuration of every pass over tensors of these shapes; returns the table's file.
 
+    What is found for a shape is kept before the next one is begun.
+
     Args:
-        shapes: (N, C, H, W); what is found for one serves others with its channels and about its pixels.
+        shapes: (N, C, H, W), those of ResNet-18 and -50 at batch 256 if None; what is found for one serves others with
+            its channels and about its pixels.
         stems: the same, of norms that a 3x3 max-pool of stride 2 follows.
         progress: called with the timings done and the timings in all.
     """
@@ -60,12 +68,13 @@ def tune(
     from fusedres.backends.triton.view import View
 
     device = torch.device(device)
-    work = [(shape, BLOCK_PASSES, _block_calls) for shape in shapes]
-    work += [(shape, POOL_PASSES, _stem_calls) for shape in stems]
+    usual = shapes_at(BATCH)
+    work = [(shape, BLOCK_PASSES, _block_calls) for shape in (usual if shapes is None else shapes)]
+    work += [(shape, POOL_PASSES, _stem_calls) for shape in (usual[:1] if stems is None else stems)]
     total = len(dtypes) * sum(len(kind.configs) for _, kinds, _ in work for kind in kinds)
-    done, found = 0, {}
+    path, done = tuned.path_of(launch.device_of(device).name), 0
     for (shape, kinds, calls_of), dtype in product(work, dtypes):
-        calls = calls_of(shape, dtype, memory_format, device)
+        calls, found = calls_of(shape, dtype, memory_format, device), {}
         for kind in kinds:
             times: dict[Config, float] = {}
             for config in kind.configs:
@@ -76,8 +85,8 @@ def tune(
                     progress(done, total)
             walked = torch.empty(_walked(kind, shape), device="meta").contiguous(memory_format=memory_format)
             found[tuned.key(kind, View.of(walked).merged(), dtype)] = min(times, key=times.__getitem__)
-    path = tuned.save(launch.device_of(device).name, found)
-    launch.forget_plans()
+        tuned.save(launch.device_of(device).name, found)
+        launch.forget_plans()
     return path
 
 

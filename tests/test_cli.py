@@ -244,15 +244,16 @@ def test_an_interrupted_command_says_so_by_its_status(run, monkeypatch):
     assert run("info")[0] == cli.INTERRUPTED
 
 
-def test_tune_hands_its_dtype_on_and_prints_the_table(run, monkeypatch):
-    def tune(*, dtypes, device, progress):
+def test_tune_hands_its_dtype_and_batch_on_and_prints_the_table(run, monkeypatch):
+    def tune(shapes, *, stems, dtypes, device, progress):
         progress(1, 2)
+        assert (64, 512, 7, 7) in shapes and stems == [(64, 64, 112, 112)] and len(shapes) == len(tuning.NORMS)
         assert dtypes == (torch.float16,) and device.type == "cuda"
         return "the table"
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tuning, "tune", tune)
-    status, printed, _ = run("tune", "--dtype", "fp16")
+    status, printed, _ = run("tune", "--dtype", "fp16", "--batch", "64")
     assert status == 0 and printed.strip() == "the table"
 
 

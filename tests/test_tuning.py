@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from fusedres import tuning
 from fusedres.backends.triton import launch, tuned
-from fusedres.backends.triton.configurations import APPLY, PASSES, POOL_APPLY, STATISTICS, Config, default
+from fusedres.backends.triton.configurations import APPLY, BLOCK_PASSES, PASSES, POOL_APPLY, STATISTICS, Config, default
 from fusedres.backends.triton.view import View
 
 DEVICE = "NVIDIA Imaginary 9000"
@@ -157,6 +157,17 @@ def test_tune_keeps_the_fastest_of_every_pass_and_reports_its_progress(imaginary
     total = sum(len(kind.configs) for kind in PASSES)
     assert seen == [(done, total) for done in range(1, total + 1)]
     assert not launch._forced
+
+
+def test_what_was_found_before_an_interrupt_is_kept(imaginary_gpu) -> None:
+    def interrupt(done, _):
+        if done == sum(len(kind.configs) for kind in BLOCK_PASSES) + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune([(256, 256, 56, 56), (256, 64, 56, 56)], stems=[], device="meta", progress=interrupt)
+    tuned._read.clear()
+    assert tuned.load(DEVICE).keys() == {tuned.key(kind, VIEW, torch.bfloat16) for kind in BLOCK_PASSES}
 
 
 def test_tuning_inside_a_capture_is_refused(monkeypatch) -> None:
