@@ -165,11 +165,13 @@ def backward(dy, y, mask, x: Branch, residual: Branch, gate, from_batch, act: Ac
     return results
 
 
-def dense(found: list[Tensor], dy: Tensor, x: Tensor | None, residual: Tensor | None) -> tuple[Tensor, ...]:
-    """dx and dr in the layout of their operands, where those were saved."""
+def dense(found: list[Tensor], dy, y, mask, x, residual) -> tuple[Tensor, ...]:
+    """dx and dr in the forward's order."""
+    memory_format = kernels.gradient_format(dy, y, mask, x, residual)
     for index, operand in ((0, x), (3, residual)):
         if found[index].numel():
-            found[index] = kernels.empty_output(dy if operand is None else operand).copy_(found[index])
+            like = dy if operand is None else operand
+            found[index] = torch.empty_like(like, memory_format=memory_format).copy_(found[index])
     return tuple(found)
 
 
@@ -180,7 +182,7 @@ def affine_act_backward(dy, y, mask, x, scale, bias, mean, residual, scale_r, bi
         branch(zeros if residual is None else residual, scale_r, bias_r, mean_r, None),
     )
     found = backward(dy, y, mask, *branches, gate, (False, False), CATALOGUE[act], needs)
-    return dense(found, dy, x, residual)
+    return dense(found, dy, y, mask, x, residual)
 
 
 def bn_act_backward(
@@ -208,7 +210,7 @@ def bn_act_backward(
     )
     from_batch = source == Statistics.BATCH, source_r == Statistics.BATCH
     found = backward(dy, y, mask, *branches, gate, from_batch, CATALOGUE[act], needs)
-    return dense(found, dy, x, residual)
+    return dense(found, dy, y, mask, x, residual)
 
 
 def bn_act_pool_forward(

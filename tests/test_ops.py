@@ -120,6 +120,29 @@ def test_opcheck_without_exemptions(kernel_backend: str, keep_mask: bool, order:
         opcheck(operators.bn_act_backward.default, (torch.randn_like(y), *saved, needs))
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("keep_mask", [False, True])
+def test_gradients_are_in_the_forwards_order_whatever_order_dy_has(
+    kernel_backend: str, keep_mask: bool, order: torch.memory_format
+) -> None:
+    """An identity residual is not saved: nothing but the mask, or y, tells its order."""
+    operators = getattr(torch.ops, f"fusedres_{kernel_backend}")
+    (other,) = {torch.contiguous_format, torch.channels_last} - {order}
+    x, r = (torch.randn(2, 3, 4, 5).to(memory_format=order) for _ in range(2))
+    sources, plain = (Statistics.BATCH.value, Statistics.ABSENT.value), (None, None, None)
+    absent = (r, None, None, None, None, None)
+    bn = operators.bn_act_forward(x, None, None, None, None, *absent, *sources, 0.1, 0.1, 1e-5, 1e-5, 1, keep_mask)
+    affine = operators.affine_act_forward(x, None, None, None, r, *plain, None, 1, keep_mask)
+    slopes = [(None, mask) if keep_mask else (y, None) for y, *_, mask in (bn, affine)]
+    dy = torch.randn(2, 3, 4, 5).to(memory_format=other)
+    of_bn = (dy, *slopes[0], x, None, None, bn[1], *plain, bn[2], None, *sources, 1, [True] * 4 + [False] * 3)
+    of_affine = (dy, *slopes[1], *(None,) * 9, 1, [True, False, False, True, False, False, False])
+    for operator, arguments in ((operators.bn_act_backward, of_bn), (operators.affine_act_backward, of_affine)):
+        torch.library.opcheck(operator.default, arguments, test_utils="test_faketensor")
+        gradients = operator(*arguments)
+        assert gradients[0].is_contiguous(memory_format=order) and gradients[3].is_contiguous(memory_format=order)
+
+
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_outputs_and_gradients_have_eagers_strides(fused_backend: str, layout: str) -> None:
     for shape in testing.SHAPES:

@@ -178,7 +178,8 @@ def _fake_backward(
     act,
     needs,
 ) -> tuple[Tensor, ...]:
-    return kernels.fake_gradients(dy, (x, scale, bias, residual, scale_r, bias_r, gate), needs)
+    memory_format = kernels.gradient_format(dy, y, mask, x, residual)
+    return kernels.fake_gradients(dy, memory_format, (x, scale, bias, residual, scale_r, bias_r, gate), needs)
 
 
 _BRANCHES = (

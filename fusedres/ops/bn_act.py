@@ -172,7 +172,8 @@ def _fake_backward(
     gate,
     *rest,
 ) -> tuple[Tensor, ...]:
-    return kernels.fake_gradients(dy, (x, weight, bias, residual, weight_r, bias_r, gate), rest[-1])
+    memory_format = kernels.gradient_format(dy, y, mask, x, residual)
+    return kernels.fake_gradients(dy, memory_format, (x, weight, bias, residual, weight_r, bias_r, gate), rest[-1])
 
 
 SPEC = kernels.Spec(

@@ -133,8 +133,11 @@ def unregister(backend: Backend) -> None:
 def empty_output(x: Tensor) -> Tensor:
     """An output as eager's batch norm allocates it: dense, channels_last where x is or nearly is, contiguous where it
     is both (one channel, one pixel)."""
-    memory_format = torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x)
-    return torch.empty_like(x, memory_format=memory_format)
+    return torch.empty_like(x, memory_format=_dense_format(x))
+
+
+def _dense_format(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x)
 
 
 def nothing(x: Tensor) -> Tensor:
@@ -171,14 +174,26 @@ def keeps_mask(act: Activation, residual: Tensor | None) -> bool:
     return act.name == "relu" and residual is not None
 
 
-def fake_gradients(dy: Tensor, operands: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
-    """Shapes of the seven gradients: x and residual like dy's output form, per-channel and gate as they are."""
+def gradient_format(
+    dy: Tensor, y: Tensor | None, mask: Tensor | None, x: Tensor | None, residual: Tensor | None
+) -> torch.memory_format:
+    """The order in memory of a backward's dx and dr: the forward's, told by what it saved; dy's own says nothing."""
+    if mask is not None and dy.numel() != dy.shape[0] * dy.shape[1]:
+        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}
+        return channels_last[dy.dim()] if mask.dim() == 2 else torch.contiguous_format
+    return _dense_format(next((t for t in (y, x, residual) if t is not None), dy))
+
+
+def fake_gradients(
+    dy: Tensor, memory_format: torch.memory_format, operands: tuple[Tensor | None, ...], needs: list[bool]
+) -> tuple[Tensor, ...]:
+    """Shapes of the seven gradients: x's and the residual's in the given order, per-channel and gate as they are."""
     gradients = []
     for index, (operand, needed) in enumerate(zip(operands, needs, strict=True)):
         if not needed:
             gradients.append(nothing(dy))
         elif index in (0, 3):
-            gradients.append(empty_output(dy if operand is None else operand))
+            gradients.append(torch.empty_like(dy if operand is None else operand, memory_format=memory_format))
         elif operand is None:
             gradients.append(dy.new_empty(dy.shape[1], dtype=accumulation_dtype(dy)))
         else:
