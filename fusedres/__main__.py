@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from importlib.util import find_spec
 
 from fusedres import commands
@@ -20,6 +21,7 @@ def main() -> int:
 
         return cli.main()
     parser = argparse.ArgumentParser(prog="python -m fusedres", description="fused residual blocks for PyTorch")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     choices = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     information = choices.add_parser("info", help="versions, devices, caches, and which backend serves which op")
     information.add_argument("--json", action="store_true", help="the same for programs")
@@ -32,6 +34,18 @@ def main() -> int:
     for name in ("bench", "profile", "tune", "cache"):
         choices.add_parser(name, help="needs: pip install 'fusedres[cli]'", add_help=False)
     options, _ = parser.parse_known_args()
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        return commands.fail("interrupted", status=commands.INTERRUPTED)
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        return commands.fail(commands.explain(error))
+
+
+def run(options: argparse.Namespace) -> int:
+    """The commands that need nothing but torch."""
     if options.command == "info":
         return commands.info(as_json=options.json)
     if options.command == "doctor":

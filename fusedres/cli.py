@@ -28,7 +28,6 @@ from fusedres.bench.timing import plain
 from fusedres.bench.work import DTYPES, Work
 
 PROGRAM = "python -m fusedres"
-INTERRUPTED = 130
 
 
 class Precision(str, Enum):
@@ -147,7 +146,7 @@ def bench(
     try:
         _compare(network, work, entries, found, rounds, seconds)
     except KeyboardInterrupt:
-        status = INTERRUPTED
+        status = commands.INTERRUPTED
     _publish(found, json_file, csv_file, plot)
     raise typer.Exit(status)
 
@@ -281,6 +280,4 @@ def _sentence(error: Exception) -> str:
     if wrong_use is not None:
         context = getattr(error, "ctx", None)
         return f"{wrong_use().rstrip('.')}; see {context.command_path if context else PROGRAM} --help"
-    if type(error).__module__.startswith("fusedres"):  # it says what to do
-        return str(error)
-    return f"{type(error).__name__}: {error}; --debug before the command shows where"
+    return commands.explain(error)

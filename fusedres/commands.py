@@ -14,6 +14,8 @@ from fusedres import doctor as diagnosis
 from fusedres import machine
 from fusedres.native_sources import CUDA, NATIVE
 
+INTERRUPTED = 130
+
 
 def info(*, as_json: bool) -> int:
     found = machine.facts()
@@ -43,6 +45,13 @@ def build(libraries: Sequence[str]) -> int:
     except building.BuildError as error:
         return fail(str(error))
     return 0
+
+
+def explain(error: Exception) -> str:
+    """What went wrong, and what to do next: an error of fusedres's own says that itself."""
+    if type(error).__module__.startswith("fusedres"):
+        return str(error)
+    return f"{type(error).__name__}: {error}; --debug before the command shows where"
 
 
 def fail(message: str, status: int = 1) -> int:

@@ -28,7 +28,8 @@ from fusedres.native_sources import CUDA, NATIVE, VARIANTS
 TARGETS = (NATIVE, CUDA, HOST)
 PACKAGES = ("numpy", "triton", "torchvision", "timm", "transformers", "onnxruntime", "openvino", "apex")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OPS = (*testing.OPS, "bn_act_pool")
+NORM_OPS, CONVOLUTION = (*testing.OPS, "bn_act_pool"), "conv_act"
+OPS = (*NORM_OPS, CONVOLUTION)
 LAYOUTS = ("channels_last", "contiguous")
 # csrc/params.h numbers its data types so.
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -170,7 +171,12 @@ def _backends() -> Iterator[dict[str, object]]:
 
 
 def _typical_request(op: str, device: str, dtype: torch.dtype, layout: str) -> Request:
-    """Training, with parameters as autocast has them: a block's end with an identity residual, a stem's 3x3 pool."""
+    """Training, with parameters as autocast has them: a block's end with an identity residual, a stem's 3x3 pool.
+
+    A convolution is one of inference, with a residual and 64 channels.
+    """
+    if op == CONVOLUTION:
+        return Request(op, device, dtype, layout, "relu", 0, dtype, dtype, layout, group_outputs=64)
     statistics = Statistics.ABSENT if op == "affine_act" else Statistics.BATCH
     parameters = torch.promote_types(dtype, torch.float32)
     if op == "bn_act_pool":

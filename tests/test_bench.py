@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fusedres
-from fusedres import cli, machine
+from fusedres import cli, commands, machine
 from fusedres.bench import comparison, networks
 from fusedres.bench.contestants import BASELINE, ENTRIES, FROZEN, FUSED, OPTIMIZED, PEERS, Absent
 from fusedres.bench.timing import interleave, speedup
@@ -303,7 +303,7 @@ def test_an_interrupted_command_shows_and_writes_what_there_is(run, tmp_path, mo
     monkeypatch.setattr(comparison, "race", race)
     path = tmp_path / "out.json"
     status, printed, _ = run(*BENCH, "--json", str(path))
-    assert status == cli.INTERRUPTED
+    assert status == commands.INTERRUPTED
     assert "interrupted" in printed
     assert not json.loads(path.read_text())["complete"]
 

@@ -13,7 +13,8 @@ import torch
 
 import fusedres
 from fusedres import __main__ as entry
-from fusedres import build, cache, cli, doctor, machine, tuning
+from fusedres import build, cache, cli, commands, dispatch, doctor, machine, tuning
+from fusedres.backends import reference
 from fusedres.native_sources import CUDA, NATIVE, VARIANTS
 
 
@@ -36,8 +37,8 @@ def test_info_names_versions_devices_and_who_serves_what(run):
     assert status == 0
     assert found["versions"]["torch"] == torch.__version__
     assert found["devices"][0]["device"] == "cpu"
-    assert {row["op"] for row in found["backends"]} == {"bn_act", "affine_act", "bn_act_pool"}
-    assert {row["backend"] for row in found["backends"]} <= {"native", "triton", "reference"}
+    assert {row["op"] for row in found["backends"]} == {"bn_act", "affine_act", "bn_act_pool", "conv_act"}
+    assert {row["backend"] for row in found["backends"]} <= {"native", "triton", "onednn", "reference"}
     lines = run("info")[1].splitlines()
     assert [line for line in lines if line.startswith("bn_act ") and "float32, bfloat16" in line]
 
@@ -117,6 +118,21 @@ def test_doctor_finds_a_wrong_kernel(run):
     wrong = [line for line in printed.splitlines() if line.startswith(doctor.FAILED)]
     assert status == 1
     assert len(wrong) == 1 and "affine_act on broken" in wrong[0] and "y is off" in wrong[0]
+
+
+def test_doctor_finds_a_wrong_convolution(run, monkeypatch):
+    taken = reference.BACKEND.convolution
+
+    def off(*arguments):
+        return taken.run(*arguments) * 1.01
+
+    dispatch_order = [
+        replace(b, convolution=replace(b.convolution, run=off)) if b.name == "reference" else b for b in dispatch.ORDER
+    ]
+    monkeypatch.setattr(dispatch, "ORDER", dispatch_order)
+    findings = {finding.subject: finding for finding in doctor.examine()}
+    assert findings["conv_act on reference, cpu"].status == doctor.FAILED
+    assert "y is off" in findings["conv_act on reference, cpu"].detail
 
 
 def test_doctor_gives_the_fix_for_what_is_missing(monkeypatch):
@@ -241,7 +257,7 @@ def test_an_interrupted_command_says_so_by_its_status(run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(machine, "facts", interrupt)
-    assert run("info")[0] == cli.INTERRUPTED
+    assert run("info")[0] == commands.INTERRUPTED
 
 
 def test_tune_hands_its_dtype_and_batch_on_and_prints_the_table(run, monkeypatch):
@@ -278,3 +294,16 @@ def test_what_needs_the_extra_says_how_to_have_it(run, without_the_extra, comman
     status, printed, error = run(command, "resnet50", "--train")
     assert (status, printed) == (1, "")
     assert error.count("\n") == 1 and "pip install 'fusedres[cli]'" in error
+
+
+def test_errors_are_one_line_without_the_extra_too(run, without_the_extra, monkeypatch):
+    monkeypatch.setattr(machine, "facts", lambda: 1 / 0)
+    status, _, error = run("info")
+    assert status == 1 and error.count("\n") == 1 and "ZeroDivisionError" in error and "--debug" in error
+    assert "Traceback" in run("--debug", "info")[2]
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "facts", interrupt)
+    assert run("info")[0] == commands.INTERRUPTED
