@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _gpu_stage import Run, one_line, release
+from _gpu_stage import Run, compiled, one_line, release
 from torch import Tensor
 
 import fusedres
@@ -61,13 +61,14 @@ def backends(run: Run, report: Report) -> list[str]:
             row["speedup"] = {name: speedup(times[BASELINE], times[name]) for name in times if name != BASELINE}
             report.save()
             del calls
+            torch.compiler.reset()
             release(run)
     return found
 
 
 def contestants(run: Run, shape: tuple[int, ...], direction: str, left_out: dict[str, str]) -> dict[str, Call]:
     """Warm calls by name, with and without a CUDA graph; who can't run is in `left_out` with the reason."""
-    steps: dict[str, Step] = {BASELINE: eager, "compile": torch.compile(eager, dynamic=False)}
+    steps: dict[str, Step] = {BASELINE: eager, "compile": compiled(eager, run)}
     steps |= {backend.name: on(backend.name) for backend in dispatch.ORDER if backend.keys}
     calls: dict[str, Call] = {}
     for name, step in steps.items():

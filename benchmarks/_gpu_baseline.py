@@ -171,7 +171,7 @@ def prepare(contestant: Contestant, task: Task, entry: Record, run: Run) -> Lane
     entry["began_at_bytes"] = torch.cuda.memory_allocated(run.device) if run.cuda else 0
     entry["began_at_reserved_bytes"] = torch.cuda.memory_reserved(run.device) if run.cuda else 0
     began, graphs, skips = run.left(), unique_graphs(), cudagraph_skips()
-    lane = new_lane(contestant, task)
+    lane = new_lane(contestant, task, run)
     for _ in range(3):  # compile, record, replay
         lane.outcome()
     entry |= {

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from _gpu_stage import Model, Run, batch, gradients, import_torchvision, sgd, training_step
+from _gpu_stage import Model, Run, batch, compiled, gradients, import_torchvision, sgd, training_step
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
@@ -115,7 +115,7 @@ def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [block for layer in range(1, 5) for block in model.get_submodule(f"layer{layer}").children()]
 
 
-def new_lane(contestant: Contestant, task: Task) -> Lane:
+def new_lane(contestant: Contestant, task: Task, run: Run) -> Lane:
     """Build and, if asked to, wrap for compilation; the compiler itself runs at the first outcome."""
     library = "fusedres" if contestant.library == "fusedres" else import_torchvision().__name__
     model = getattr(importlib.import_module(f"{library}.models"), task.network)()
@@ -124,9 +124,7 @@ def new_lane(contestant: Contestant, task: Task) -> Lane:
     model = model.to(task.images.device, dtype, memory_format=torch.channels_last).train(task.training)
     if contestant.optimized:
         fusedres.optimize(model)
-    call: Model = model
-    if contestant.compile_mode:  # fullgraph: a graph break is an error, never a silent return to eager
-        call = torch.compile(model, mode=contestant.compile_mode, fullgraph=True, dynamic=False)
+    call: Model = compiled(model, run, contestant.compile_mode) if contestant.compile_mode else model
     return Training(model, call, task) if task.training else Inference(contestant, call, task)
 
 

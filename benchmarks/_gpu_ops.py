@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from _gpu_kernels import STEM_SHAPE, STEM_WINDOW, Stem, Step, serving
 from _gpu_machine import copy_bandwidth
-from _gpu_stage import Run, release
+from _gpu_stage import Run, compiled, release
 from torch import Tensor
 
 from fusedres.bench.timing import Call, Report, graphed, interleave, speedup
@@ -125,8 +125,7 @@ def measure(run: Run, op: Op, shape: tuple[int, ...], bandwidth: float) -> dict[
     cache = torch.cuda.get_device_properties(run.device).L2_cache_size if run.cuda else 0
     steps = [op.step(run, shape, seed=seed) for seed in range(max(2, math.ceil(4 * cache / (op.tensors * size))))]
     contestants: dict[str, Callable[[Any], Tensor]] = {"eager": op.eager, "fused": op.fused}
-    if run.cuda:
-        contestants["compile"] = torch.compile(op.eager, fullgraph=True, dynamic=False)
+    contestants["compile"] = compiled(op.eager, run)
     forwards = {name: all_of(run, [forward_of(f, step) for step in steps]) for name, f in contestants.items()}
     wholes = {name: all_of(run, [step_of(f, step) for step in steps]) for name, f in contestants.items()}
     forward, whole = samples_of(run, forwards, len(steps)), samples_of(run, wholes, len(steps))

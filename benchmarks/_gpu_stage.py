@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -48,6 +48,15 @@ def import_torchvision() -> ModuleType:
 
 def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+
+
+def compiled(call: Callable[..., T], run: Run, mode: str = "default") -> Callable[..., T]:
+    """One whole graph, anew for every shape: a graph break is an error, never a silent return to eager.
+
+    Where a tiny run proves the code without a GPU, the graphs are made and run as they are.
+    """
+    how: dict[str, Any] = {"backend": "aot_eager"} if run.tiny and not run.cuda else {"mode": mode}
+    return torch.compile(call, fullgraph=True, dynamic=False, **how)
 
 
 def release(run: Run) -> None:

@@ -4,9 +4,11 @@
     python benchmarks/gpu.py --out results --stage suite        one of them
     python benchmarks/gpu.py --out dry --device cpu --tiny      the same code in small, where there is no GPU
 
-It runs from a checkout, nothing installed. Each stage is a process of its own, stopped when its time is up;
-it writes OUT/<stage>.json as it goes, so whatever ends it, what was measured by then is kept. At the end those
-of one subject are joined, into eight files or fewer. The settings of the device are only read.
+It runs from a checkout, nothing installed. The stages come in the order of STAGES: what the machine is, whether the
+kernels are right, tuning, and then what is timed, which uses what tuning found, of this run or of an earlier one; every
+report has the digest of the table in use. Each stage is a process of its own, stopped when its time is up; it writes
+OUT/<stage>.json as it goes, so whatever ends it, what was measured by then is kept. At the end those of one subject are
+joined, into eight files or fewer. The settings of the device are only read.
 """
 
 from __future__ import annotations
@@ -128,7 +130,7 @@ def conduct(name: str, seconds: float, options: argparse.Namespace) -> str:
     """Run a stage as a process group of its own, so that what it starts ends with it; gives its status."""
     print(f"{name}: at most {seconds:.0f} s", file=sys.stderr, flush=True)
     (options.out / f"{name}.json").unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--out", str(options.out), "--device", options.device]
+    command = [sys.executable, sys.argv[0], "--out", str(options.out), "--device", options.device]
     command += ["--worker", name, "--seconds", str(seconds)] + ["--tiny"] * options.tiny
     process = subprocess.Popen(command, start_new_session=True)
     status = None

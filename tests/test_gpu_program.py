@@ -1,0 +1,146 @@
+"""benchmarks/gpu.py where there is no GPU: every stage in small, what they leave, and those that break."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+# The program with two more stages, one that raises and one whose process dies; workers run the same file.
+PROGRAM = f"""
+import os, sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import gpu
+
+def silent(data):
+    yield from ()
+
+def raises(run, report):
+    raise ValueError("broken on purpose")
+
+def dies(run, report):
+    report.data["begun"] = True
+    report.save()
+    os._exit(7)
+
+stages = dict(gpu.STAGES)
+gpu.STAGES.clear()
+gpu.STAGES.update(raises=gpu.Stage(raises, silent), dies=gpu.Stage(dies, silent), **stages)
+sys.exit(gpu.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """One run of all stages."""
+    folder = tmp_path_factory.mktemp("gpu")
+    program, out = folder / "program.py", folder / "out"
+    program.write_text(PROGRAM)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(program), "--out", str(out), "--device", "cpu", "--tiny", "--minutes", "60"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False), out
+
+
+def reports(out: Path) -> Iterator[dict[str, object]]:
+    """Of every stage, its own file's or one of those in a joined file."""
+    for path in out.iterdir():
+        data = json.loads(path.read_text())
+        yield from [data] if "stage" in data else data.values()
+
+
+def test_every_stage_runs_after_one_that_breaks(finished) -> None:
+    done, out = finished
+    statuses = dict(re.findall(r"^== (\S+): (\w+)", done.stdout, re.MULTILINE))
+    assert list(statuses)[:2] == ["raises", "dies"] and len(statuses) == 14
+    broken = {name for name, status in statuses.items() if status != "done"}
+    assert broken == {"raises", "dies"}, done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "problem: ValueError: broken on purpose" in done.stdout
+    assert "problem: the stage's process ended with status 7" in done.stdout
+    assert {(report["stage"], report["status"]) for report in reports(out)} == set(statuses.items())
+
+
+def test_the_reports_are_few_small_and_say_what_they_are_of(finished) -> None:
+    _, out = finished
+    files = list(out.iterdir())
+    assert len(files) <= 8 and all(path.suffix == ".json" and path.stat().st_size < 16e6 for path in files)
+    for report in reports(out):
+        assert report["torch"] == torch.__version__ and report["tiny"] is True
+        assert str(report["command"]).endswith(f"--device cpu --stage {report['stage']} --tiny")
+        assert {"commit", "date", "device_name", "tuned_table", "problems"} <= report.keys()
+
+
+def test_the_summary_comes_last_and_tells_of_every_stage(finished) -> None:
+    done, _ = finished
+    sections = re.split(r"^== ", done.stdout, flags=re.MULTILINE)
+    assert sections[0].strip() == ""
+    for name, line in {"ceilings": "TB/s", "kernels": "right", "ops": "x compile", "tuning": "needs CUDA"}.items():
+        assert line in next(section for section in sections if section.startswith(f"{name}:"))
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """The modules of the stages, which stand beside the program and not in a package."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import _gpu_stage
+    import _gpu_tuning
+
+    return SimpleNamespace(of=_gpu_stage, tuning=_gpu_tuning)
+
+
+class Imaginary:
+    """A run on a GPU that isn't there, until its time is up."""
+
+    cuda, tiny, device = True, False, torch.device("meta")
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds = seconds
+
+    def left(self) -> float:
+        return self.seconds[0] if len(self.seconds) == 1 else self.seconds.pop(0)
+
+    def pick(self, full, tiny):
+        return full
+
+
+def test_tuning_reports_the_table_that_later_stages_use(stage, monkeypatch, tmp_path) -> None:
+    pytest.importorskip("triton")
+    from fusedres.backends.triton import launch, tuned
+    from fusedres.backends.triton.configurations import APPLY, default
+    from fusedres.backends.triton.view import View
+
+    name, asked = "NVIDIA Imaginary 9000", []
+    monkeypatch.setenv("FUSEDRES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuned, "_read", {})
+    monkeypatch.setattr(launch, "device_of", lambda device: launch.Device(name, 90, 132))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    first = default(APPLY, 90, 2)
+    other = next(config for config in APPLY.configs if config != first)
+
+    def tune(shapes, *, stems, device):
+        asked.extend(shapes)
+        assert stems == [shape for shape in shapes if shape[1:] == (64, 112, 112)]
+        key = tuned.key(APPLY, View(1, 99, len(asked), True), torch.bfloat16)
+        return tuned.save(name, {key: first if len(asked) == 1 else other})
+
+    monkeypatch.setattr(stage.tuning.tuning, "tune", tune)
+    report = SimpleNamespace(data={}, save=lambda: None)
+    run = Imaginary([100.0] * 9 + [1.0])
+    (problem,) = stage.tuning.tune(run, report)
+    assert problem.startswith("time for 3 of 48 shapes") and asked == stage.tuning.tuning.shapes_at(256)[:3]
+    assert report.data["tuned_table"] == stage.tuning.tuned_table(run)
+    assert report.data["table"] == json.loads(tuned.path_of(name).read_text())
+    assert [key.split("/")[3] for key in report.data["changed"]] == ["2", "3"]
+    lines = list(stage.tuning.summary(report.data))
+    assert lines[0].startswith("3 of 48 shapes") and lines[1] == "3 entries, 2 of them not the default"
