@@ -218,4 +218,30 @@ struct ConvAct {
   float* y;               // (N, H', W', O)
 };
 
+// packed <- weight, as csrc/cpu/conv_weights.h says; one group
+struct ConvRepack {
+  int64_t inputs;
+  int64_t outputs;
+  int64_t rows;  // of a window
+  int64_t columns;
+  int64_t tile;
+  const float* weight;
+  const int64_t* strides;  // outputs, inputs, rows, columns; may be negative
+  float* packed;
+  int64_t count;  // of its values; those that nothing is laid out in are 0
+};
+
+// dweight of conv(x, weight), one group, all in channels_last
+struct ConvDweight {
+  int64_t images;
+  int64_t inputs;   // channels of x
+  int64_t outputs;  // channels of dy
+  int64_t tile;     // the side of Winograd's tiles of dy, 1: none
+  ConvAxis rows;
+  ConvAxis columns;
+  const float* x;   // (N, H, W, I)
+  const float* dy;  // (N, H', W', O)
+  float* dweight;   // (O, rows, columns, I)
+};
+
 }  // namespace fusedres

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fusedres.backends import Backend, Request, cuda, cudnn, native, onednn, reference, triton
+from fusedres.backends import CONVOLUTIONS, Backend, Request, cuda, cudnn, native, onednn, reference, triton
 
 # A kernel tells the backward in one byte which value of a window was the largest, and 255 that none was.
 MOST_POSITIONS = 255
@@ -81,7 +81,8 @@ class Recorder:
             self._block = outer
 
     def add(self, request: Request) -> None:
-        self.choices.append(Choice(self._block, request.op, _first(request).name, objections(request)))
+        found = _convolving(request) if request.op == "conv" else _first(request)
+        self.choices.append(Choice(self._block, request.op, found.name, objections(request)))
 
 
 recorder: Recorder | None = None
@@ -130,11 +131,27 @@ def _first(request: Request) -> Backend:
     raise RuntimeError(f"no backend serves {request}")
 
 
+def convolving(request: Request) -> Backend:
+    """Who computes a training step's convolution. aten does where no other backend, or not the forced one, can."""
+    if recorder is not None:
+        recorder.add(request)
+    found = _chosen.get(request)
+    if found is None:
+        found = _chosen[request] = _convolving(request)
+    return found
+
+
+def _convolving(request: Request) -> Backend:
+    if _forced is not None and objection(backend(_forced), request) is not None:
+        return reference.BACKEND
+    return _first(request)
+
+
 def objection(candidate: Backend, request: Request) -> str | None:
     """Why a backend can't serve a request: what holds for all kernels, then its own reason."""
     if not candidate.computes(request.op):
         return f"it has no {request.op}"
-    if candidate.keys and request.op != "conv_act":
+    if candidate.keys and request.op not in CONVOLUTIONS:
         if request.device.upper() not in candidate.keys:
             return f"it has no kernels for {request.device} tensors"
         if candidate.kernels and f"{request.op}_forward" not in candidate.kernels:

@@ -37,7 +37,13 @@ KERNELS = (
     "cpu/pool_gradients.cpp",
     "cpu/statistics.cpp",
 )
-FLOAT_KERNELS = ("cpu/conv_act.cpp", "cpu/conv_block.cpp", "cpu/conv_winograd.cpp")
+FLOAT_KERNELS = (
+    "cpu/conv_act.cpp",
+    "cpu/conv_block.cpp",
+    "cpu/conv_dweight.cpp",
+    "cpu/conv_repack.cpp",
+    "cpu/conv_winograd.cpp",
+)
 
 _AVX512_FLAGS = (
     "-mavx512f",
@@ -60,7 +66,7 @@ PLAIN = ("cpu/arena.cpp", "cpu/conv_pack.cpp", "cpu/facts.cpp", "cpu/isa.cpp")
 
 # These include torch's headers, those of the stable ABI: every library's, and the CPU library's alone.
 BINDINGS = ("bindings/operands.cpp", "bindings/tensors.cpp")
-CPU_BINDINGS = ("bindings/bn_act_pool.cpp", "bindings/conv_act.cpp", "bindings/cpu.cpp")
+CPU_BINDINGS = ("bindings/bn_act_pool.cpp", "bindings/conv_act.cpp", "bindings/conv_training.cpp", "bindings/cpu.cpp")
 
 CUDA_FLAGS = ("-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra")
 

@@ -18,23 +18,18 @@ ConvWeights shape_of(const Tensor& weight, int64_t groups, int64_t tile) {
   return {groups, weight.size(1), weight.size(0) / groups, weight.size(2), weight.size(3), tile};
 }
 
-int64_t room(const ConvWeights& shape) {
-  const int64_t unpacked = shape.groups * shape.outputs * shape.depth();
-  return (shape.elements() + unpacked - 1) / unpacked;
-}
-
 // The tile that weights were packed for: a larger one takes more room.
 int64_t tile_of(const Tensor& packed, int64_t groups) {
   STD_TORCH_CHECK(packed.dim() == 5, "conv_act: the weight must come from conv_act_pack");
   for (int64_t tile : {1, 2, 4})
-    if (room(shape_of(packed, groups, tile)) == packed.size(4)) return tile;
+    if (shape_of(packed, groups, tile).room() == packed.size(4)) return tile;
   STD_TORCH_CHECK(false, "conv_act: the weight was packed for other groups");
 }
 
 Tensor conv_act_pack(const Tensor& weight, int64_t groups, int64_t tile) {
   const ConvWeights shape = shape_of(weight, groups, tile);
   const Tensor packed = empty_accumulation(
-      weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3), room(shape)});
+      weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3), shape.room()});
   const int64_t strides[] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
   conv_pack(shape, static_cast<const float*>(weight.data_ptr()), strides,
             static_cast<float*>(packed.data_ptr()), packed.numel());

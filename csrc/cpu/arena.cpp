@@ -22,6 +22,7 @@ struct Block {
 struct Blocks {
   std::vector<Block> blocks;
   size_t used = 0;  // of the last block
+  int arenas = 0;
 };
 
 thread_local Blocks scratch;
@@ -29,7 +30,7 @@ thread_local Blocks scratch;
 }  // namespace
 
 void* Arena::take_bytes(size_t bytes) {
-  auto& [blocks, used] = scratch;
+  auto& [blocks, used, _] = scratch;
   bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   if (blocks.empty() || used + bytes > blocks.back().size) {
     size_t size = blocks.empty() ? kSmallestBlock : 2 * blocks.back().size;
@@ -43,8 +44,14 @@ void* Arena::take_bytes(size_t bytes) {
   return taken;
 }
 
+Arena::Arena() : blocks_(scratch.blocks.size()), used_(scratch.used) { ++scratch.arenas; }
+
 Arena::~Arena() {
-  auto& [blocks, used] = scratch;
+  auto& [blocks, used, arenas] = scratch;
+  if (--arenas) {
+    if (blocks.size() == blocks_) used = used_;
+    return;
+  }
   if (blocks.size() > 1) blocks.erase(blocks.begin(), blocks.end() - 1);
   used = 0;
 }

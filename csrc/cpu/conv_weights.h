@@ -39,6 +39,11 @@ struct ConvWeights {
     return groups * padded() * depth() + (point * padded() + block * kWidth) * inputs;
   }
   FUSEDRES_HOST_DEVICE int64_t elements() const { return winograd(side() * side(), 0); }
+  // How many times the unpacked weights' memory.
+  FUSEDRES_HOST_DEVICE int64_t room() const {
+    const int64_t unpacked = groups * outputs * depth();
+    return (elements() + unpacked - 1) / unpacked;
+  }
 };
 
 // packed <- weight, (groups * outputs, inputs, rows, columns) with these strides; the rest of its `count`

@@ -35,12 +35,17 @@ struct Tiles {
 // Some tiles at once: x's, transformed, and the products of one block of channels.
 constexpr int64_t kScratchBytes = int64_t{768} << 10;
 constexpr int64_t kFewestTiles = 24, kMostTiles = 96;
+// Weights of a block that are more than this come from memory again and again: for more tiles, then.
+constexpr int64_t kWeightBytes = int64_t{2} << 20;
+constexpr int64_t kFewestTilesOfThem = 72;
 // Between the points' arrays: they shall not fall on each other in the cache.
 constexpr int64_t kGap = 16;
 
 int64_t tiles_at_once(const Tiles& tiles, int64_t points, int64_t inputs) {
   const int64_t bytes = points * (inputs + kWidth) * int64_t{sizeof(float)};
-  const int64_t most = maximum(kFewestTiles, minimum(kMostTiles, kScratchBytes / bytes));
+  const bool large = points * inputs * kWidth * int64_t{sizeof(float)} > kWeightBytes;
+  const int64_t fewest = large ? kFewestTilesOfThem : kFewestTiles;
+  const int64_t most = maximum(fewest, minimum(kMostTiles, kScratchBytes / bytes));
   return ceil_div(ceil_div(tiles.count, ceil_div(tiles.count, most)), kRows) * kRows;
 }
 

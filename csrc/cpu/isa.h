@@ -13,6 +13,8 @@
   void bn_act_pool_forward(const BnActPoolForward& op);   \
   void bn_act_pool_backward(const BnActPoolBackward& op); \
   void conv_act(const ConvAct& op);                       \
+  void conv_repack(const ConvRepack& op);                 \
+  bool conv_dweight(const ConvDweight& op);               \
   }
 
 FUSEDRES_DECLARE_VARIANT(portable)
@@ -35,7 +37,10 @@ struct Variant {
   void (*bn_act_backward)(const BnActBackward& op);
   void (*bn_act_pool_forward)(const BnActPoolForward& op);
   void (*bn_act_pool_backward)(const BnActPoolBackward& op);
-  void (*conv_act)(const ConvAct& op);  // null where the variant has no float32
+  // Null where the variant has no float32.
+  void (*conv_act)(const ConvAct& op);
+  void (*conv_repack)(const ConvRepack& op);
+  bool (*conv_dweight)(const ConvDweight& op);  // false: a sum is not finite, and dweight is not to be used
 };
 
 struct Variants {

@@ -12,10 +12,10 @@ namespace fusedres {
 void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
 
 // Scratch of the calling thread, 64-byte aligned, valid until the Arena that gave it is gone; kept for the
-// next one.
+// next one. One that is made while another is there goes before it.
 class Arena {
  public:
-  Arena() = default;
+  Arena();
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
@@ -27,6 +27,9 @@ class Arena {
 
  private:
   static void* take_bytes(size_t bytes);
+
+  const size_t blocks_;  // that were there before
+  const size_t used_;
 };
 
 }  // namespace fusedres

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fusedres.epilogue import Activation
 
+CONVOLUTIONS = ("conv", "conv_act")  # ops that have functions instead of operators by their name
+
 
 class Affine(NamedTuple):
     """Per-channel (t - mean) * scale + bias; an absent member is left out of the formula."""
@@ -113,6 +115,9 @@ class Request(NamedTuple):
     window_positions: int = 0  # values that one window of a max-pool compares
     wants_gradient: bool = False
     group_outputs: int = 0  # output channels of a convolution's group, if it has several
+    sizes: tuple[int, ...] = ()  # of what a training step convolves,
+    weight_sizes: tuple[int, ...] = ()  # with this
+    geometry: Geometry | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,23 @@ class Convolution:
     run: Callable[[Tensor, Filter, Tensor | None, Geometry, Activation, bool], Tensor]
 
 
+@dataclass(frozen=True)
+class TrainingConvolution:
+    """How a backend computes conv, the bare convolution of a training step, in two functions.
+
+    Args:
+        forward: (x, weight, bias, geometry) -> y, all in one dtype.
+        backward: (dy, x, weight, geometry, wanted, residual, in_place) -> (dx, dweight, dbias), of which `wanted` says
+            which are to be computed. The residual is added to dx; in_place says that its memory may become dx's.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor | None, Geometry], Tensor]
+    backward: Callable[
+        [Tensor, Tensor, Tensor, Geometry, Sequence[bool], Tensor | None, bool],
+        tuple[Tensor | None, Tensor | None, Tensor | None],
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Backend:
     """One way to compute the ops.
@@ -143,6 +165,7 @@ class Backend:
         name: the word for `use_backend` and FUSEDRES_BACKEND.
         objection: why it can't serve a request, as one sentence with the remedy, or None.
         convolution: how it computes conv_act, if it does.
+        training_convolution: how it computes conv, if it does.
     """
 
     name: str
@@ -151,7 +174,10 @@ class Backend:
     kernels: Mapping[str, Callable[..., object]] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
     convolution: Convolution | None = None
+    training_convolution: TrainingConvolution | None = None
 
     def computes(self, op: str) -> bool:
         """Whether it has the op at all."""
-        return self.convolution is not None if op == "conv_act" else bool(self.plain or self.keys)
+        if op in CONVOLUTIONS:
+            return (self.convolution if op == "conv_act" else self.training_convolution) is not None
+        return bool(self.plain or self.keys)

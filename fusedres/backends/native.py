@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusedres import build
-from fusedres.backends import Backend, Request, native_convolution
+from fusedres.backends import Backend, Request, native_convolution, native_training
 from fusedres.build import Unavailable
 from fusedres.native_sources import NATIVE
 
@@ -14,8 +14,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def objection(request: Request) -> str | None:
     """Why the kernels can't serve a request, as one sentence."""
-    reason = native_convolution.objection(request) if request.op == "conv_act" else operand_objection(request)
-    return reason or _library_objection(request)
+    return _OBJECTIONS.get(request.op, operand_objection)(request) or _library_objection(request)
 
 
 def operand_objection(request: Request) -> str | None:
@@ -56,4 +55,11 @@ def _library_objection(request: Request) -> str | None:
     return found.reason if isinstance(found, Unavailable) else None
 
 
-BACKEND = Backend("native", objection, keys=("CPU",), convolution=native_convolution.CONVOLUTION)
+_OBJECTIONS = {"conv": native_training.objection, "conv_act": native_convolution.objection}
+BACKEND = Backend(
+    "native",
+    objection,
+    keys=("CPU",),
+    convolution=native_convolution.CONVOLUTION,
+    training_convolution=native_training.TRAINING_CONVOLUTION,
+)

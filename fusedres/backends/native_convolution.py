@@ -74,7 +74,7 @@ for _name, _fake in (
     torch.library.register_fake(f"fusedres_native::{_name}", _fake, lib=_LIBRARY)
 
 
-def winograd_tile(inputs: int, outputs: int, images: int, height: int, width: int) -> int:
+def winograd_tile(inputs: int, outputs: int, images: int, height: int, width: int, read: int = _READ) -> int:
     """The tile with which a 3x3 convolution of stride 1 and one group takes least work; 1: the direct form.
 
     Winograd's has to save a fifth of it. Counted in multiply-adds a pair of channels: the products of every tile, its
@@ -84,6 +84,7 @@ def winograd_tile(inputs: int, outputs: int, images: int, height: int, width: in
     Args:
         inputs, outputs: channels.
         height, width: y's.
+        read: what it costs to get at a weight.
     """
     if not _winograd_is_on():
         return 1
@@ -91,7 +92,7 @@ def winograd_tile(inputs: int, outputs: int, images: int, height: int, width: in
     def work(tile: int) -> float:
         tiles = images * -(-height // tile) * -(-width // tile)
         points, transforms = (9, 0.0) if tile == 1 else ((tile + 2) ** 2, _TRANSFORM * (1 / inputs + 1 / outputs))
-        return points * (tiles * (1 + transforms) + _READ)
+        return points * (tiles * (1 + transforms) + read)
 
     best = min((2, 4), key=work)
     return best if work(best) <= 0.8 * work(1) else 1
@@ -139,7 +140,7 @@ def objection(request: Request) -> str | None:
         return f"it has no convolutions for {request.device} tensors"
     if request.compiling:
         return "torch.compile fuses the reference's operations itself"
-    if request.wants_gradient:
+    if request.wants_gradient and request.op == "conv_act":
         return "its convolutions have no backward; call it under torch.no_grad() or torch.inference_mode()"
     if request.subclass:
         return "x is a tensor subclass, which its operators do not see through"

@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.backends import Affine, Backend, Convolution, Filter, Geometry, Norm, Request, Window
+from fusedres.backends import (
+    Affine,
+    Backend,
+    Convolution,
+    Filter,
+    Geometry,
+    Norm,
+    Request,
+    TrainingConvolution,
+    Window,
+)
 from fusedres.epilogue import RELU, Activation
 
 
@@ -105,13 +115,66 @@ def as_it_is(taps: Filter, geometry: Geometry, sizes: Sequence[int], joins: bool
     return Filter(weight, None if bias is None else bias.to(weight.dtype))
 
 
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+
+
+def conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    wanted: Sequence[bool],
+    residual: Tensor | None,
+    in_place: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A 1x1 convolution's dx is a matrix product, which can be accumulated into the residual."""
+    stride, padding, dilation, groups = geometry
+    wants_dx, *wants_rest = wanted
+    # What a matrix product is accumulated into.
+    into = (
+        residual
+        if in_place and residual is not None and _is_matmul(weight, geometry) and is_rows(residual, dy)
+        else None
+    )
+    dx = dweight = dbias = None
+    if any(wants_rest) or into is None:
+        dx, dweight, dbias = torch.ops.aten.convolution_backward.default(
+            dy, x, weight, weight.shape[:1], stride, padding, dilation, False, (0, 0), groups,
+            [wants_dx and into is None, *wants_rest],
+        )  # fmt: skip
+    if dx is not None and residual is not None:
+        dx.add_(residual)
+    if wants_dx and into is not None:
+        _rows(into).addmm_(_rows(dy), weight.flatten(1))
+        dx = into
+    return dx, dweight, dbias
+
+
+def _is_matmul(weight: Tensor, geometry: Geometry) -> bool:
+    return geometry == Geometry() and weight.shape[2:] == (1, 1)
+
+
+def is_rows(*tensors: Tensor) -> bool:
+    """Whether they lie in memory pixel by pixel, each with all its channels."""
+    return all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(N*H*W, C) of channels_last."""
+    return t.permute(0, 2, 3, 1).view(-1, t.shape[1])
+
+
 def _objection(request: Request) -> str | None:
     return None
 
 
+TRAINING_CONVOLUTION = TrainingConvolution(conv_forward, conv_backward)
 BACKEND = Backend(
     "reference",
     _objection,
     plain={"affine_act": affine_act, "bn_act": bn_act, "bn_act_pool": bn_act_pool},
     convolution=Convolution(as_it_is, conv_act),
+    training_convolution=TRAINING_CONVOLUTION,
 )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import dispatch
+from fusedres.backends import Geometry
 from fusedres.memory import Memory
 from fusedres.modules import count_batch, dtypes_fit, is_hooked, member, norm_of
 from fusedres.ops import kernels
@@ -72,11 +73,16 @@ def run(x: Tensor, links: Sequence[Link], end: End | None, memory: Memory) -> Te
         if group_of(norm) is not None:
             return None
         weight, bias = conv._parameters["weight"], member(conv, "bias")
-        steps.append(Step(weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, norm_of(norm), act))
+        geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+        steps.append(Step(weight, bias, geometry, norm_of(norm), act))
     requests = requests_of(x, shortcut, dtype, steps, len(links))
-    if requests is None or any(dispatch.serving(request).plain for request in requests):
+    if requests is None or any(dispatch.serving(request).plain for request in requests.norms):
         return None
-    operators = [kernels.of(dispatch.choose(request), "bn_act") for request in requests]
+    operators = [kernels.of(dispatch.choose(request), "bn_act") for request in requests.norms]
+    for index, request in enumerate(requests.convolutions):
+        convolution = dispatch.convolving(request).training_convolution
+        if convolution is not None:
+            steps[index] = steps[index]._replace(convolution=convolution)
 
     for link in every:
         count_batch(link.norm)

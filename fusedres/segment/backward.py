@@ -142,17 +142,24 @@ class Backward:
             return link
         return link._replace(output=step.convolve(entering, link.computed_weight(), link.bias))
 
-    def _convolution(self, index: int, step: Step, dy: Tensor, entering: Tensor, wanted: bool) -> Tensor | None:
-        """From the gradient of a convolution's result to that of what it convolved."""
+    def _convolution(
+        self,
+        index: int,
+        step: Step,
+        dy: Tensor,
+        entering: Tensor,
+        wanted: bool,
+        residual: Tensor | None = None,
+        in_place: bool = False,
+    ) -> Tensor | None:
+        """From the gradient of a convolution's result to that of what it convolved, with a residual."""
         weight, bias, *_ = self._wants(index)
         if not (weight or bias or wanted):
             return None
-        _, _, stride, padding, dilation, groups, *_ = step
         filters = self.links[index].computed_weight()
-        dx, dweight, dbias = torch.ops.aten.convolution_backward.default(
-            dy, entering, filters, filters.shape[:1], stride, padding, dilation, False, (0, 0), groups,
-            [wanted, weight, bias],
-        )  # fmt: skip
+        dx, dweight, dbias = step.convolution.backward(
+            dy, entering, filters, step.geometry, (wanted, weight, bias), residual, in_place
+        )
         self._store(index, 0, dweight, dbias)
         return dx if wanted else None
 
@@ -161,27 +168,7 @@ class Backward:
         into_source = self.into_source
         if into_source is None or not self.shared:
             return self._convolution(0, step, d_output, self.x, self.needs[0])
-        weight = self.links[0].computed_weight()
-        if into_source is not dy and _is_matmul(step, weight) and _is_rows(into_source) and _is_rows(d_output):
-            self._convolution(0, step, d_output, self.x, False)
-            _rows(into_source).addmm_(_rows(d_output), weight.flatten(1))
-            return into_source
-        dx = self._convolution(0, step, d_output, self.x, True)
-        return dx if dx is None else dx.add_(into_source)
-
-
-def _is_matmul(step: Step, weight: Tensor) -> bool:
-    alone = step.stride == (1, 1) and step.padding == (0, 0) and step.groups == 1
-    return alone and weight.shape[2:] == (1, 1)
-
-
-def _is_rows(t: Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """(N*H*W, C) of channels_last."""
-    return t.permute(0, 2, 3, 1).view(-1, t.shape[1])
+        return self._convolution(0, step, d_output, self.x, True, into_source, into_source is not dy)
 
 
 def _normalise_backward(
@@ -218,6 +205,7 @@ def backward_again(
     """create_graph: the formula rerun in ordinary operations."""
 
     def run(step: Step, link: Kept, x: Tensor, weight: Tensor, bias: Any, norm_weight: Any, norm_bias: Any) -> Tensor:
+        step = step._replace(convolution=reference.TRAINING_CONVOLUTION)  # which can be differentiated again
         z = step.convolve(x.to(plan.dtype), weight.to(plan.dtype), bias)
         return gradients.normalise_again(z, norm_weight, norm_bias, link.stats, statistics_of(step.norm), step.norm.eps)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from fusedres import dispatch
-from fusedres.backends import Norm
+from fusedres.backends import Geometry, Norm, TrainingConvolution, reference
 from fusedres.epilogue import Activation
 from fusedres.memory import Memory
 from fusedres.ops import kernels
@@ -20,16 +20,14 @@ class Step(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
+    geometry: Geometry
     norm: Norm
     act: Activation
+    convolution: TrainingConvolution = reference.TRAINING_CONVOLUTION
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(weight.dtype)
-        return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
+        return self.convolution.forward(x, weight, bias, self.geometry)
 
 
 class Plan(NamedTuple):

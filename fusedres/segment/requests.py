@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedres import dispatch
 from fusedres.backends import Request
+from fusedres.epilogue import IDENTITY
 from fusedres.ops import contract
 from fusedres.ops.bn_act import statistics_of
 from fusedres.segment.plan import Step
@@ -25,14 +26,21 @@ def _is_cast(x: Tensor) -> bool:
     return available and torch.is_autocast_enabled(device)
 
 
-# By metadata alone: how a segment's norms are described to the dispatcher, or None where it can't be one function.
-_known: dict[Any, list[Request] | None] = {}
+class Requests(NamedTuple):
+    """How a segment's operations are described to the dispatcher."""
+
+    norms: list[Request]  # of the chain
+    convolutions: list[Request]  # of the chain, then the projection's
+
+
+# By metadata alone; None where the segment can't be one function.
+_known: dict[Any, Requests | None] = {}
 _MOST_KNOWN = 4096
 
 
 def requests_of(
     x: Tensor, shortcut: Tensor | None, dtype: torch.dtype, steps: list[Step], length: int
-) -> list[Request] | None:
+) -> Requests | None:
     key = (_kind(x), shortcut is x or _kind(shortcut), dtype, _is_cast(x), length, *map(_kind_of_step, steps))
     try:
         return _known[key]
@@ -48,31 +56,50 @@ def _kind(t: Tensor | None) -> Any:
 
 
 def _kind_of_step(step: Step) -> Any:
-    weight, bias, stride, padding, dilation, _, norm, act = step
+    weight, bias, geometry, norm, act, _ = step
     members = [None if t is None else (t.shape, t.dtype, t.device) for t in norm[:4]]
-    return (_kind(weight), _kind(bias), stride, padding, dilation, act.code, norm.training, norm.eps > 0, *members)
+    return (_kind(weight), _kind(bias), geometry, act.code, norm.training, norm.eps > 0, *members)
 
 
 def _describe(
     x: Tensor, shortcut: Tensor | None, dtype: torch.dtype, steps: list[Step], length: int
-) -> list[Request] | None:
+) -> Requests | None:
     chain, projection = steps[:length], steps[length:]
-    shape = _shape_after(x, dtype, chain)
-    if shape is None:
+    shapes = _shapes(x, dtype, chain)
+    if shapes is None:
         return None
     layout = dispatch.layout(x)
-    requests = [_request(x, dtype, layout, step) for step in chain]
+    norms = [_request(x, dtype, layout, step) for step in chain]
+    convolutions = [_convolution(dtype, layout, shape, step) for shape, step in zip(shapes, chain, strict=False)]
     if shortcut is None:
-        return requests
-    if projection:
-        added, residual = _shape_after(shortcut, dtype, projection), (dtype, dispatch.layout(shortcut))
-    else:
-        added, residual = shortcut.shape, (shortcut.dtype, dispatch.layout(shortcut))
-    # Sums that broadcast or promote are eager's.
-    if added != shape or residual[0] != dtype or type(shortcut) is not Tensor:
+        return Requests(norms, convolutions)
+    if type(shortcut) is not Tensor:
         return None
-    requests[-1] = _request(x, dtype, layout, chain[-1], *residual, *projection)
-    return requests
+    added, residual = [shortcut.shape], (shortcut.dtype, dispatch.layout(shortcut))
+    if projection:
+        added, residual = _shapes(shortcut, dtype, projection), (dtype, residual[1])
+        convolutions.append(_convolution(dtype, residual[1], tuple(shortcut.shape), *projection))
+    # Sums that broadcast or promote are eager's.
+    if added is None or added[-1] != shapes[-1] or residual[0] != dtype:
+        return None
+    norms[-1] = _request(x, dtype, layout, chain[-1], *residual, *projection)
+    return Requests(norms, convolutions)
+
+
+def _convolution(dtype: torch.dtype, layout: str, sizes: tuple[int, ...], step: Step) -> Request:
+    return Request(
+        "conv",
+        step.weight.device.type,
+        dtype,
+        layout,
+        IDENTITY.name,
+        parameter_dtype=dtype,
+        wants_gradient=True,
+        group_outputs=step.geometry.group_outputs(step.weight.shape[0]),
+        sizes=sizes,
+        weight_sizes=tuple(step.weight.shape),
+        geometry=step.geometry,
+    )
 
 
 def _request(
@@ -99,9 +126,10 @@ def _request(
     )
 
 
-def _shape_after(x: Tensor, dtype: torch.dtype, steps: list[Step]) -> tuple[int, ...] | None:
-    """The shape of what the steps make of x, if the function can compute each of them."""
+def _shapes(x: Tensor, dtype: torch.dtype, steps: list[Step]) -> list[tuple[int, ...]] | None:
+    """The shape of x, and of what every step makes of it, if the function can compute each of them."""
     layout, shape = dispatch.layout(x), tuple(x.shape)
+    shapes = [shape]
     if layout == "strided" or 0 in shape:
         return None
     for step in steps:
@@ -112,7 +140,7 @@ def _shape_after(x: Tensor, dtype: torch.dtype, steps: list[Step]) -> tuple[int,
         # A channels_last weight makes the result channels_last, whatever x is.
         if layout != "channels_last" and weight.stride()[1:] != (window[0] * window[1], window[1], 1):
             return None
-        geometry = zip(shape[2:], window, step.stride, step.padding, step.dilation, strict=True)
+        geometry = zip(shape[2:], window, *step.geometry[:3], strict=True)
         shape = (shape[0], channels, *((n + 2 * pad - gap * (k - 1) - 1) // by + 1 for n, k, by, pad, gap in geometry))
         if min(shape) < 1 or (norm.training and (norm.eps <= 0 or shape[0] * shape[2] * shape[3] == 1)):
             return None
@@ -120,7 +148,8 @@ def _shape_after(x: Tensor, dtype: torch.dtype, steps: list[Step]) -> tuple[int,
             return None
         if not norm.training and (norm.running_mean is None or norm.running_var is None):
             return None
-    return shape
+        shapes.append(shape)
+    return shapes
 
 
 def _casts(x: Tensor, step: Step, dtype: torch.dtype) -> bool:

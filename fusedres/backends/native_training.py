@@ -1,0 +1,114 @@
+"""conv in the compiled CPU library: Winograd's form of a 3x3 convolution and of its two gradients, with fewer products.
+
+    conv_repack(weight, tile, transposed) -> the weight in the kernels' order, or that of the convolution of dy to dx
+    conv_dweight(dy, x, padding, tile) -> dweight; empty where a sum of it is not finite
+
+float32, channels_last, stride 1. y and dx are `native_convolution`'s conv_act of weights that are packed in every call,
+so that none is ever out of date. With any other windows aten comes as close to what the machine can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedres.backends import Geometry, Request, TrainingConvolution, native_convolution, reference
+from fusedres.backends.native_convolution import winograd_tile
+from fusedres.epilogue import IDENTITY
+
+_KERNEL = (3, 3)
+_LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
+_LIBRARY.define("conv_repack(Tensor weight, int tile, bool transposed) -> Tensor")
+_LIBRARY.define("conv_dweight(Tensor dy, Tensor x, int[2] padding, int tile) -> Tensor")
+
+
+def _fake_repack(weight: Tensor, tile: int, transposed: bool) -> Tensor:
+    return torch.ops.fusedres_native.conv_act_pack(weight.transpose(0, 1) if transposed else weight, 1, tile)
+
+
+def _fake_dweight(dy: Tensor, x: Tensor, padding: Sequence[int], tile: int) -> Tensor:
+    return x.new_empty((dy.shape[1], *_KERNEL, x.shape[1])).permute(0, 3, 1, 2)
+
+
+torch.library.register_fake("fusedres_native::conv_repack", _fake_repack, lib=_LIBRARY)
+torch.library.register_fake("fusedres_native::conv_dweight", _fake_dweight, lib=_LIBRARY)
+
+# Fewer tiles of 4 are products of too few terms for their errors to vanish among those of the sum.
+_FEWEST_TILES = 64
+# Beside reading a weight, packing it: see winograd_tile.
+_REPACK = 45
+
+
+def tiles(sizes: Sequence[int], weight_sizes: Sequence[int], geometry: Geometry) -> tuple[int, int, int]:
+    """Of y, of dx and of dweight; 1 where Winograd's form doesn't pay."""
+    images, inputs, height, width = sizes
+    outputs, _, *kernel = weight_sizes
+    if tuple(kernel) != _KERNEL or geometry != Geometry(padding=geometry.padding) or max(geometry.padding) > 2:
+        return 1, 1, 1
+    rows, columns = geometry.output_size(_KERNEL, height, width)
+    of_y = winograd_tile(inputs, outputs, images, rows, columns, _REPACK)
+    of_dx = winograd_tile(outputs, inputs, images, height, width, _REPACK)
+    if 1 in (of_y, of_dx):
+        return 1, 1, 1
+    of_dweight = of_y
+    if of_dweight == 4 and images * -(-rows // 4) * -(-columns // 4) < _FEWEST_TILES:
+        of_dweight = 2
+    return of_y, of_dx, of_dweight
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    tile, _, _ = tiles(x.shape, weight.shape, geometry)
+    if tile == 1 or not reference.is_rows(x):
+        return reference.conv_forward(x, weight, bias, geometry)
+    operators = torch.ops.fusedres_native
+    packed = operators.conv_repack(weight, tile, False)
+    return operators.conv_act(x, packed, bias, None, *geometry, IDENTITY.code)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    wanted: Sequence[bool],
+    residual: Tensor | None,
+    in_place: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    wants_dx, wants_dweight, wants_dbias = wanted
+    _, of_dx, of_dweight = tiles(x.shape, weight.shape, geometry)
+    if of_dweight == 1 or not reference.is_rows(dy, x, dy if residual is None else residual):
+        return reference.conv_backward(dy, x, weight, geometry, wanted, residual, in_place)
+    operators = torch.ops.fusedres_native
+    dx = dweight = None
+    if wants_dx:
+        # Where dy is convolved with the transposed weight, what lies beyond its border is so much narrower.
+        turned = Geometry(padding=(2 - geometry.padding[0], 2 - geometry.padding[1]))
+        packed = operators.conv_repack(weight, of_dx, True)
+        if residual is not None and in_place:
+            operators.conv_act_(dy, packed, None, residual, *turned, IDENTITY.code)
+            dx = residual
+        else:
+            dx = operators.conv_act(dy, packed, None, residual, *turned, IDENTITY.code)
+    if wants_dweight:
+        dweight = operators.conv_dweight(dy, x, geometry.padding, of_dweight)
+    # Infinity and NaN spread over Winograd's tiles; aten has them where they belong.
+    again = dweight is not None and dweight.numel() == 0
+    if again or wants_dbias:
+        _, found, dbias = reference.conv_backward(dy, x, weight, geometry, (False, again, wants_dbias), None, False)
+        return dx, found if again else dweight, dbias
+    return dx, dweight, None
+
+
+TRAINING_CONVOLUTION = TrainingConvolution(forward, backward)
+
+
+def objection(request: Request) -> str | None:
+    """Why the kernels can't serve a request, or shouldn't, as one sentence."""
+    if request.geometry is None:
+        return "it has to know the sizes"
+    reason = native_convolution.objection(request)
+    if reason is None and 1 in tiles(request.sizes, request.weight_sizes, request.geometry):
+        reason = "aten is as fast where Winograd's form of a convolution doesn't save products"
+    return reason

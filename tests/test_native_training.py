@@ -1,0 +1,412 @@
+"""The compiled convolutions of a training step against fp64, alone and in blocks; every instruction set by
+test_native_backend.py."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from eager import pair, sample
+from test_segment import Operations
+from torch import Tensor
+
+import fusedres
+from fusedres import dispatch
+from fusedres.backends import Geometry, native, native_training, reference
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+def operators():
+    return torch.ops.fusedres_native
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    assert found.shape == exact.shape
+    return ((found.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+
+@dataclass(frozen=True)
+class Shape:
+    inputs: int
+    outputs: int
+    size: tuple[int, int]
+    images: int = 2
+    padding: tuple[int, int] = (1, 1)
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(padding=self.padding)
+
+
+# Channels and sizes that fill neither vectors nor panels nor tiles, one step and several chunks of them.
+ODD = (
+    Shape(16, 32, (8, 8)),
+    Shape(33, 47, (7, 10), 3),
+    Shape(3, 5, (3, 4), 1),
+    Shape(1, 1, (1, 1), 1),
+    Shape(70, 20, (5, 9), padding=(2, 0)),
+    Shape(17, 64, (25, 27), 1, (0, 2)),
+    Shape(40, 24, (57, 41), 3),
+    Shape(600, 30, (6, 6), 8),
+)
+# Those that dispatch gives to the kernels.
+SERVED = (Shape(32, 32, (16, 16), 4), Shape(64, 48, (14, 13), 8), Shape(33, 70, (28, 20), 3, (0, 1)))
+
+
+class Case:
+    """Random operands of one shape, with eager's gradients in any dtype."""
+
+    def __init__(self, shape: Shape, positive: bool = False) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.shape, self.geometry = shape, shape.geometry
+        self.x = channels_last(torch.randn(shape.images, shape.inputs, *shape.size, generator=g))
+        if positive:
+            self.x.relu_()
+        self.weight = torch.randn(shape.outputs, shape.inputs, 3, 3, generator=g) / (9 * shape.inputs) ** 0.5
+        self.bias = torch.randn(shape.outputs, generator=g)
+        rows, columns = self.geometry.output_size((3, 3), *shape.size)
+        self.dy = channels_last(torch.randn(shape.images, shape.outputs, rows, columns, generator=g))
+        self.residual = channels_last(torch.randn(self.x.shape, generator=g))
+
+    def forward(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        return reference.conv_forward(self.x.to(dtype), self.weight.to(dtype), self.bias.to(dtype), self.geometry)
+
+    def backward(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+        operands = (t.to(dtype) for t in (self.dy, self.x, self.weight))
+        found = reference.conv_backward(*operands, self.geometry, (True, True, True), None, False)
+        assert all(t is not None for t in found)
+        return found  # pyright: ignore[reportReturnType]
+
+    def found(self, *wanted: bool, residual: Tensor | None = None, in_place: bool = False):
+        operands = self.dy, self.x, self.weight, self.geometry
+        return native_training.backward(*operands, wanted, residual, in_place)
+
+    def dweight(self, tile: int) -> Tensor:
+        return operators().conv_dweight(self.dy, self.x, self.shape.padding, tile)
+
+
+# The kernels
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("shape", ODD + SERVED, ids=repr)
+def test_dweight_is_the_formula_in_fp64(shape, tile):
+    case = Case(shape)
+    found, exact = case.dweight(tile), case.backward()[1]
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(found, exact) <= 1e-6
+    assert (found - exact).abs().amax() <= 2e-5 * exact.abs().amax()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tile", [1, 2, 4])
+def test_weights_are_packed_as_for_inference(tile, transposed):
+    for outputs, inputs in ((64, 32), (33, 47), (5, 3), (1, 100)):
+        weight = torch.randn(outputs, inputs, 3, 3)
+        strided = torch.randn(3, inputs, 2 * outputs, 6).permute(2, 1, 0, 3)[::2, :, :, ::2].copy_(weight)
+        as_convolved = weight.transpose(0, 1).flip(2, 3) if transposed else weight
+        expected = operators().conv_act_pack(as_convolved, 1, tile)
+        for given in (weight, channels_last(weight), strided):
+            torch.testing.assert_close(operators().conv_repack(given, tile, transposed), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("shape", [*SERVED, Shape(64, 64, (28, 28), 4), Shape(512, 64, (7, 7), 16)], ids=repr)
+def test_errors_are_at_most_four_times_eagers(shape, positive):
+    case = Case(shape, positive)
+    exact = (case.forward(), *case.backward()[:2])
+    eager = (case.forward(torch.float32), *case.backward(torch.float32)[:2])
+    found = native_training.forward(case.x, case.weight, case.bias, case.geometry), *case.found(True, True, False)[:2]
+    for name, one, other, truth in zip(("y", "dx", "dweight"), found, eager, exact, strict=True):
+        assert relative_error(one, truth) <= 4 * relative_error(other, truth), name
+
+
+def test_gradients_are_the_same_bits_whatever_the_threads():
+    threads = torch.get_num_threads()
+    cases = [(Case(Shape(48, 80, (30, 29))), tile) for tile in (2, 4)] + [(Case(ODD[-2]), 4)]
+    first = [case.dweight(tile) for case, tile in cases]
+    packed = [operators().conv_repack(case.weight, tile, True) for case, tile in cases]
+    try:
+        for count in (1, 2, 3, 1, 2, 3):
+            torch.set_num_threads(count)
+            for (case, tile), dweight, weights in zip(cases, first, packed, strict=True):
+                assert torch.equal(case.dweight(tile), dweight), count
+                assert torch.equal(operators().conv_repack(case.weight, tile, True), weights), count
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_the_kernels_cant_read_is_refused():
+    case = Case(SERVED[0])
+    for x in (case.x.contiguous(), case.x.double()):
+        with pytest.raises(RuntimeError, match="dy and x must be float32 in channels_last"):
+            operators().conv_dweight(case.dy, x, (1, 1), 4)
+    for x, padding in ((case.x[:1], (1, 1)), (case.x, (1, 0))):
+        with pytest.raises(RuntimeError, match="dy doesn't belong to a 3x3 convolution of x"):
+            operators().conv_dweight(case.dy, x, padding, 4)
+    with pytest.raises(RuntimeError, match="the tile must be 2 or 4; got 1"):
+        operators().conv_dweight(case.dy, case.x, (1, 1), 1)
+    with pytest.raises(RuntimeError, match="the tile must be 1, 2 or 4; got 3"):
+        operators().conv_repack(case.weight, 3, False)
+    with pytest.raises(RuntimeError, match="the weight must be float32"):
+        operators().conv_repack(case.weight.double(), 4, False)
+
+
+def test_opcheck_without_exemptions():
+    case = Case(Shape(8, 20, (9, 7)))
+    torch.library.opcheck(operators().conv_dweight.default, (case.dy, case.x, (1, 1), 4))
+    for transposed in (False, True):
+        torch.library.opcheck(operators().conv_repack.default, (case.weight, 4, transposed))
+
+
+# The pair that a segment calls
+
+
+@pytest.mark.parametrize("shape", SERVED, ids=repr)
+def test_every_subset_of_gradients(shape):
+    case = Case(shape)
+    exact = case.backward()
+    for wanted in itertools.product((False, True), repeat=3):
+        for found, expected, asked in zip(case.found(*wanted), exact, wanted, strict=True):
+            assert (found is not None) == asked
+            if found is not None:
+                assert relative_error(found, expected) <= 3e-6
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_residual_is_added_to_dx(in_place):
+    case = Case(SERVED[0])
+    before = case.residual.clone()
+    dx, *_ = case.found(True, False, False, residual=case.residual, in_place=in_place)
+    assert dx is not None
+    assert relative_error(dx, case.backward()[0] + before) <= 3e-6
+    assert (dx is case.residual) if in_place else torch.equal(case.residual, before)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_gradients_in_other_layouts_are_atens(residual):
+    case = Case(SERVED[0])
+    case.dy = case.dy.contiguous()
+    added = case.residual if residual else None
+    dx, dweight, dbias = case.found(True, True, True, residual=added, in_place=False)
+    expected = case.backward(torch.float32)
+    assert torch.equal(dweight, expected[1]) and torch.equal(dbias, expected[2])
+    assert torch.equal(dx, expected[0] + case.residual if residual else expected[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("operand", ["x", "dy"])
+def test_values_that_are_not_finite_stay_where_eager_has_them(operand, value):
+    for row, column in ((0, 0), (5, 4), (15, 15)):
+        case = Case(SERVED[0])
+        getattr(case, operand)[0, 1, row, column] = value
+        dx, dweight, _ = case.found(True, True, False)
+        eager, eager_dweight, _ = case.backward(torch.float32)
+        assert torch.equal(dx.isfinite(), eager.isfinite())
+        assert torch.equal(dx.isnan(), eager.isnan())
+        if dweight.isfinite().all():  # Winograd's tiles did not overflow
+            assert eager_dweight.isfinite().all()
+        else:
+            assert torch.equal(dweight.nan_to_num(), eager_dweight.nan_to_num())
+
+
+# Who is asked
+
+
+def request(shape: Shape, **changes: object):
+    made = native_request(shape)
+    return made._replace(**changes)
+
+
+def native_request(shape: Shape):
+    return fusedres.backends.Request(
+        "conv",
+        "cpu",
+        torch.float32,
+        "channels_last",
+        "identity",
+        parameter_dtype=torch.float32,
+        wants_gradient=True,
+        sizes=(shape.images, shape.inputs, *shape.size),
+        weight_sizes=(shape.outputs, shape.inputs, 3, 3),
+        geometry=shape.geometry,
+    )
+
+
+def test_the_kernels_are_asked_where_they_save_work(monkeypatch):
+    for shape in SERVED:
+        assert dispatch.convolving(request(shape)) is native.BACKEND
+    shape = Shape(64, 64, (56, 56), 8)
+    refused = {
+        "bfloat16": {"dtype": torch.bfloat16},
+        "contiguous in memory": {"layout": "contiguous"},
+        "torch.compile": {"compiling": True},
+        "a group here has 2": {"group_outputs": 2},
+        "for cuda tensors": {"device": "cuda"},
+    }
+    slower = (
+        {"geometry": Geometry((2, 2), (1, 1))},
+        {"geometry": Geometry(padding=(2, 2), dilation=(2, 2))},
+        {"geometry": Geometry(padding=(3, 1))},
+        {"geometry": Geometry(padding=(1, 1), groups=2)},
+        {"weight_sizes": (64, 64, 1, 1), "geometry": Geometry()},
+        {"sizes": (1, 512, 7, 7), "weight_sizes": (512, 512, 3, 3)},
+        {"sizes": (8, 3, 56, 56), "weight_sizes": (64, 3, 3, 3)},
+    )
+    for reason, changes in refused.items():
+        assert reason in (native.objection(request(shape, **changes)) or "")
+    for changes in slower:
+        assert "aten is as fast" in (native.objection(request(shape, **changes)) or ""), changes
+        assert dispatch.convolving(request(shape, **changes)) is reference.BACKEND
+    monkeypatch.setenv("FUSEDRES_WINOGRAD", "0")
+    assert "aten is as fast" in (native.objection(request(shape)) or "")
+
+
+def test_a_forced_backend_without_convolutions_leaves_them_to_aten():
+    served = request(SERVED[0])
+    for name, expected in (("native", native.BACKEND), ("triton", reference.BACKEND), ("reference", reference.BACKEND)):
+        with fusedres.use_backend(name):
+            assert dispatch.convolving(served) is expected
+    with fusedres.use_backend("native"):
+        assert dispatch.convolving(served._replace(dtype=torch.bfloat16)) is reference.BACKEND
+
+
+# In blocks
+
+BUILDS = {"basic": ("BasicBlock", 32, 32), "projection": ("BasicBlock", 32, 40), "bottleneck": ("Bottleneck", 64, 32)}
+OPERATORS = ("conv_repack", "conv_act", "conv_act_", "conv_dweight")
+
+
+def block_and_input(build: str, layout: torch.memory_format = torch.channels_last):
+    fused, eager = pair(*BUILDS[build], dtype=torch.float32)
+    for module in (fused, eager):
+        module.to(memory_format=torch.channels_last)
+    return fused, eager, sample(4, fused.conv1.in_channels, 16, 16, dtype=torch.float32).to(memory_format=layout)
+
+
+def step(block, x):
+    """y and every gradient by name, and how often each operator ran."""
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    block.zero_grad()
+    with Operations() as operations:
+        y = block(leaf)
+        g = torch.Generator().manual_seed(1)
+        y.backward(channels_last(torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)))
+    found = {"y": y.detach(), "dx": leaf.grad} | {name: p.grad.clone() for name, p in block.named_parameters()}
+    return found, {name: operations.count[f"fusedres_native::{name}"] for name in OPERATORS}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_block_trains_on_them_as_accurately_as_winograds_form_allows(build):
+    fused, eager, x = block_and_input(build)
+    found, count = step(fused, x)
+    convolutions = 1 if build == "bottleneck" else 2
+    assert count["conv_dweight"] == convolutions and count["conv_repack"] == 2 * convolutions
+    assert count["conv_act_"] == (build != "bottleneck"), "dx added to the shortcut's gradient in one pass"
+    exact, _ = step(copy.deepcopy(eager).double(), x.double())
+    plain, none = step(eager, x)
+    assert set(none.values()) == {0}
+    for name, expected in exact.items():
+        assert relative_error(found[name], expected) <= 4 * relative_error(plain[name], expected) + 1e-7, name
+        assert found[name].stride() == plain[name].stride(), name
+
+
+@pytest.mark.parametrize("frozen", ["weights", "norms", "x", "first"])
+def test_gradients_that_nobody_wants_are_not_computed(frozen):
+    fused, eager, x = block_and_input("basic")
+    for block in (fused, eager):
+        block.conv1.weight.requires_grad_(frozen not in ("weights", "first"))
+        block.conv2.weight.requires_grad_(frozen != "weights")
+        for norm in (block.bn1, block.bn2):
+            norm.requires_grad_(frozen != "norms")
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_(frozen != "x")
+    with Operations() as operations:
+        fused(leaf).square().sum().backward()
+    count = {name: operations.count[f"fusedres_native::{name}"] for name in OPERATORS}
+    assert count["conv_dweight"] == {"weights": 0, "first": 1}.get(frozen, 2)
+    assert count["conv_repack"] == (3 if frozen == "x" else 4)
+    twin = x.clone(memory_format=torch.preserve_format).requires_grad_(frozen != "x")
+    eager(twin).square().sum().backward()
+    for (name, one), other in zip(fused.named_parameters(), eager.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4 * other.grad.abs().amax().item())
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_every_memory_policy_gives_the_same_bits(build):
+    fused, _, x = block_and_input(build)
+    results = []
+    for policy in ("fast", "lean", "min"):
+        with fusedres.set_memory(policy):
+            results.append(step(copy.deepcopy(fused), x)[0])
+    for other in results[1:]:
+        for name, expected in results[0].items():
+            assert torch.equal(other[name], expected), name
+
+
+def test_a_weight_that_changed_is_packed_again():
+    fused, _, x = block_and_input("basic")
+    before, _ = step(fused, x)
+    with torch.no_grad():
+        fused.conv1.weight.mul_(-1)
+        fused.conv2.weight.data[:] = 0
+    after, _ = step(fused, x)
+    fresh, _ = step(copy.deepcopy(fused), x)
+    assert not torch.equal(after["y"], before["y"])
+    for name, expected in fresh.items():
+        assert torch.equal(after[name], expected), name
+
+
+def test_double_backward_is_atens_formula():
+    fused, eager, x = block_and_input("basic")
+    results = []
+    for block in (fused, eager.double()):
+        leaf = x.to(block.conv1.weight.dtype).requires_grad_()
+        (dx,) = torch.autograd.grad(block(leaf).square().sum(), leaf, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), [leaf, *block.parameters()]))
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("case", ["contiguous", "autocast", "double", "switched off"])
+def test_elsewhere_convolutions_are_atens(case, monkeypatch):
+    fused, _, x = block_and_input("basic", torch.contiguous_format if case == "contiguous" else torch.channels_last)
+    if case == "contiguous":
+        fused.to(memory_format=torch.contiguous_format)
+    if case == "double":
+        fused, x = fused.double(), x.double()
+    if case == "switched off":
+        monkeypatch.setenv("FUSEDRES_WINOGRAD", "0")
+        dispatch.clear()
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        _, count = step(fused, x)
+    dispatch.clear()
+    assert set(count.values()) == {0}
+
+
+def test_under_torch_compile_convolutions_are_atens():
+    fused, _, x = block_and_input("basic")
+    targets = []
+
+    def compiler(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    y = torch.compile(fused, backend=compiler, fullgraph=True)(x)
+    assert y.requires_grad and targets and not [name for name in targets if "conv_" in name and "fusedres" in name]
+
+
+def test_explain_tells_who_convolves():
+    fused, _, x = block_and_input("bottleneck")
+    rows = [choice for choice in fusedres.explain(fused, x).choices if choice.op == "conv"]
+    assert [row.backend for row in rows] == ["reference", "native", "reference", "reference"]
+    assert "aten is as fast" in rows[0].objections["native"]
