@@ -210,12 +210,13 @@ struct ConvAct {
   int64_t tile;  // the side of Winograd's tiles of y, 1: none; as the weights were packed
   ConvAxis rows;
   ConvAxis columns;
+  DType dtype;  // float32 or bfloat16
   int act;
-  const float* x;         // (N, H, W, I)
-  const float* weights;   // packed: csrc/cpu/conv_weights.h
-  const float* bias;      // (O,), or null
-  const float* residual;  // (N, H', W', O), or null; may be y
-  float* y;               // (N, H', W', O)
+  const void* x;         // (N, H, W, I) T
+  const void* weights;   // T, packed: csrc/cpu/conv_weights.h
+  const float* bias;     // (O,), or null
+  const void* residual;  // (N, H', W', O) T, or null; may be y
+  void* y;               // (N, H', W', O) T
 };
 
 // packed <- weight, as csrc/cpu/conv_weights.h says; one group

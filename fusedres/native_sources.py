@@ -36,14 +36,11 @@ KERNELS = (
     "cpu/pool_apply.cpp",
     "cpu/pool_gradients.cpp",
     "cpu/statistics.cpp",
-)
-FLOAT_KERNELS = (
     "cpu/conv_act.cpp",
     "cpu/conv_block.cpp",
-    "cpu/conv_dweight.cpp",
-    "cpu/conv_repack.cpp",
     "cpu/conv_winograd.cpp",
 )
+FLOAT_KERNELS = ("cpu/conv_dweight.cpp", "cpu/conv_repack.cpp")
 
 _AVX512_FLAGS = (
     "-mavx512f",

@@ -34,6 +34,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 SERVED = [
     ("native", torch.float32, "channels_last"),
+    ("native", torch.bfloat16, "channels_last"),
     ("onednn", torch.float32, "channels_last"),
     ("onednn", torch.bfloat16, "channels_last"),
     *(("reference", dtype, layout) for dtype in DTYPES for layout in LAYOUTS),
@@ -147,7 +148,8 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
 def test_it_is_served_by_kernels_only_where_they_can() -> None:
     x, weight, bias, residual = operands(*SHAPES[0], torch.float32, "channels_last")
     assert served(x, weight, bias) == served(x, weight, bias, residual=residual) == "native"
-    assert served(x.bfloat16(), weight.bfloat16(), bias.bfloat16()) == "onednn"
+    assert served(x.bfloat16(), weight.bfloat16(), bias.bfloat16()) == "native"
+    assert served(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), residual=residual) == "reference"
     assert served(x, weight[:, :8], bias, groups=2) == "native"
     assert served(x, weight[:, :4], bias, groups=4) == "onednn"  # 8 output channels a group
     assert served(x.contiguous(), weight, bias) == "reference"
@@ -170,7 +172,7 @@ def served(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = No
     [
         ("onednn", lambda x: x.contiguous(), "x is contiguous in memory, and it fuses in channels_last only"),
         ("native", lambda x: x.contiguous(), "x is contiguous in memory, and its convolutions are in channels_last"),
-        ("native", lambda x: x.double(), "x is torch.float64, and its convolutions are in torch.float32"),
+        ("native", lambda x: x.double(), "x is torch.float64, and its convolutions are in torch.float32 or torc"),
         *(
             (backend, change, reason)
             for backend in ("onednn", "native")

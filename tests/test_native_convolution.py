@@ -37,6 +37,10 @@ class Shape:
     tile: int = 1
 
 
+BOTH = (torch.float32, torch.bfloat16)
+in_both_dtypes = pytest.mark.parametrize("dtype", BOTH, ids=str)
+
+
 DIRECT = (
     Shape(16, 32),
     Shape(64, 64, size=(14, 14), images=1),
@@ -52,6 +56,7 @@ DIRECT = (
     Shape(3, 40, padding=(2, 4), dilation=(2, 3)),
     Shape(3, 64, (7, 7), (25, 31), stride=(2, 2), padding=(3, 3), images=3),
     Shape(3, 17, (7, 7), (4, 5), padding=(6, 5)),
+    Shape(3, 20, (3, 5), (6, 11), padding=(1, 4), dilation=(2, 2)),
     Shape(1, 8, (5, 5), (12, 7), padding=(2, 2)),
     Shape(40, 24, (5, 5), (6, 9), padding=(2, 2)),
     Shape(17, 32, (1, 7), (6, 12), padding=(0, 3)),
@@ -83,16 +88,25 @@ WINOGRAD = tuple(
 class Case:
     """Random operands of one shape, the result in fp64 and the kernels'."""
 
-    def __init__(self, shape: Shape, seed: int, act: int = 0, residual: bool = False, bias: bool = True) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        seed: int,
+        act: int = 0,
+        residual: bool = False,
+        bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         g = torch.Generator().manual_seed(seed)
         inputs, kernel = shape.inputs // shape.groups, shape.kernel
-        self.shape, self.act = shape, act
-        self.x = channels_last(torch.randn(shape.images, shape.inputs, *shape.size, generator=g))
-        self.weight = torch.randn(shape.outputs, inputs, *kernel, generator=g) / (inputs * kernel[0] * kernel[1]) ** 0.5
+        self.shape, self.act, self.dtype = shape, act, dtype
+        self.x = channels_last(torch.randn(shape.images, shape.inputs, *shape.size, generator=g).to(dtype))
+        weight = torch.randn(shape.outputs, inputs, *kernel, generator=g) / (inputs * kernel[0] * kernel[1]) ** 0.5
+        self.weight = weight.to(dtype)
         self.bias = torch.randn(shape.outputs, generator=g) if bias else None
         self.windows = shape.stride, shape.padding, shape.dilation, shape.groups
         pixels = self.sums().shape
-        self.residual = channels_last(torch.randn(pixels, generator=g)) if residual else None
+        self.residual = channels_last(torch.randn(pixels, generator=g).to(dtype)) if residual else None
 
     def sums(self, dtype: torch.dtype = torch.float64) -> Tensor:
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -115,37 +129,43 @@ class Case:
 
 
 def assert_close(found: Tensor, expected: Tensor, case: Case) -> None:
-    """Within the error of sums of that many fp32 products, for Winograd four times that."""
+    """Within the error of sums of that many fp32 products, for Winograd four times that, and one rounding to bf16."""
     assert found.shape == expected.shape and found.is_contiguous(memory_format=torch.channels_last), case.shape
+    assert found.dtype == case.dtype
     if found.numel():
-        error, largest = (found.double() - expected).abs().amax().item(), expected.abs().amax().item()
-        terms = case.weight[0].numel()
-        assert error <= (1 if case.shape.tile == 1 else 4) * 4e-7 * (1 + terms**0.5 / 8) * (1 + largest), case.shape
+        terms, largest = case.weight[0].numel(), expected.abs().amax().item()
+        bar = (1 if case.shape.tile == 1 else 4) * 4e-7 * (1 + terms**0.5 / 8) * (1 + largest)
+        rounding = expected.abs() / 256 if case.dtype == torch.bfloat16 else 0
+        assert ((found.double() - expected).abs() <= bar + rounding).all(), case.shape
 
 
+@in_both_dtypes
 @pytest.mark.parametrize("shape", DIRECT + WINOGRAD, ids=repr)
-def test_the_result_is_the_formula_in_fp64(shape):
+def test_the_result_is_the_formula_in_fp64(shape, dtype):
     for seed, (act, residual, bias) in enumerate(((0, False, False), (1, True, True), (4, False, True))):
-        case = Case(shape, seed, act, residual, bias)
+        case = Case(shape, seed, act, residual, bias, dtype)
         assert_close(case.found(), case.expected(), case)
 
 
+@in_both_dtypes
 @pytest.mark.parametrize("act", CATALOGUE, ids=lambda act: act.name)
 @pytest.mark.parametrize("shape", [Shape(16, 48, size=(9, 7)), Shape(16, 40, size=(9, 7), tile=4)], ids=["1", "4"])
-def test_every_activation(shape, act):
+def test_every_activation(shape, act, dtype):
     for residual in (False, True):
-        case = Case(shape, 0, act.code, residual)
+        case = Case(shape, 0, act.code, residual, dtype=dtype)
         assert_close(case.found(), case.expected(), case)
 
 
+@in_both_dtypes
 @pytest.mark.parametrize("shape", DIRECT + WINOGRAD, ids=repr)
-def test_the_result_may_take_the_residuals_place(shape):
+def test_the_result_may_take_the_residuals_place(shape, dtype):
     for act in (1, 5):
-        case = Case(shape, 0, act, residual=True)
+        case = Case(shape, 0, act, residual=True, dtype=dtype)
         y = case.found()
         assert torch.equal(case.found_in_place(), y)
 
 
+@in_both_dtypes
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
 @pytest.mark.parametrize(
     "shape",
@@ -157,16 +177,17 @@ def test_the_result_may_take_the_residuals_place(shape):
     ],
     ids=repr,
 )
-def test_values_that_are_not_finite_stay_in_their_windows(shape, value):
+def test_values_that_are_not_finite_stay_in_their_windows(shape, value, dtype):
     for row, column in ((0, 0), (5, 4), (10, 8), (3, 8)):
-        case = Case(shape, 1, act=1, residual=True)
+        case = Case(shape, 1, act=1, residual=True, dtype=dtype)
         case.x[0, 1, row, column] = value
         expected = case.expected()
         overflow = expected.abs() > torch.finfo(torch.float32).max
         found, finite = case.found().double(), expected[expected.isfinite() & ~overflow]
         # Winograd's errors are small beside the largest value of a tile.
         atol = 1e-5 * (finite.abs().amax().item() if shape.tile > 1 else 1)
-        torch.testing.assert_close(found[~overflow], expected[~overflow], rtol=1e-5, atol=atol, equal_nan=True)
+        rtol = 1e-5 if dtype == torch.float32 else 1 / 256 + 1e-5
+        torch.testing.assert_close(found[~overflow], expected[~overflow], rtol=rtol, atol=atol, equal_nan=True)
         assert found[overflow].isinf().all()
         torch.testing.assert_close(case.found_in_place().double(), found, rtol=0, atol=0, equal_nan=True)
 
@@ -185,10 +206,22 @@ def test_winograds_error_is_at_most_four_times_eagers(tile):
             assert found <= (1.5 if tile == 1 else 4) * eager, (inputs, size, positive, found / eager)
 
 
+@pytest.mark.parametrize("tile", [1, 2, 4])
+def test_in_bfloat16_the_error_is_eagers_at_most(tile):
+    for inputs, size in ((64, 28), (256, 14), (512, 7)):
+        case = Case(Shape(inputs, 64, size=(size, size), images=1, tile=tile), 0, 1, True, dtype=torch.bfloat16)
+        exact = case.expected()
+        found, eager = (
+            (y.double() - exact).square().mean().sqrt().item() for y in (case.found(), case.expected(torch.bfloat16))
+        )
+        assert found <= eager, (inputs, size, found / eager)
+
+
+@in_both_dtypes
 @pytest.mark.parametrize("shape", [Shape(48, 80, size=(30, 29)), Shape(48, 80, size=(30, 29), tile=4), DIRECT[12]])
-def test_results_are_the_same_bits_whatever_the_threads(shape):
+def test_results_are_the_same_bits_whatever_the_threads(shape, dtype):
     threads = torch.get_num_threads()
-    case = Case(shape, 0, act=1, residual=True)
+    case = Case(shape, 0, act=1, residual=True, dtype=dtype)
     first = case.found()
     try:
         for count in (1, 2, 3, 1, 2, 3):
@@ -198,9 +231,10 @@ def test_results_are_the_same_bits_whatever_the_threads(shape):
         torch.set_num_threads(threads)
 
 
+@in_both_dtypes
 @pytest.mark.parametrize("tile", [1, 2, 4])
-def test_an_images_result_is_the_same_bits_in_any_batch(tile):
-    case = Case(Shape(24, 40, size=(9, 11), images=3, tile=tile), 0)
+def test_an_images_result_is_the_same_bits_in_any_batch(tile, dtype):
+    case = Case(Shape(24, 40, size=(9, 11), images=3, tile=tile), 0, dtype=dtype)
     whole = case.found()
     for image in range(3):
         case.x = channels_last(case.x)
@@ -208,25 +242,29 @@ def test_an_images_result_is_the_same_bits_in_any_batch(tile):
         assert torch.equal(one[0], whole[image])
 
 
+@in_both_dtypes
 @pytest.mark.parametrize("size", [(30, 28), (5, 6)])
-def test_packed_for_one_size_it_serves_any(size):
+def test_packed_for_one_size_it_serves_any(size, dtype, monkeypatch):
+    monkeypatch.setattr(native_convolution, "winograd_tile", lambda *sizes: 4)
     shape = Shape(32, 48, size=(30, 28))
     geometry, act = Geometry(padding=(1, 1)), CATALOGUE[1]
-    case = Case(replace(shape, size=size), 0, act.code, residual=True)
+    case = Case(replace(shape, size=size), 0, act.code, residual=True, dtype=dtype)
     packed = native_convolution.pack(Filter(case.weight, case.bias), geometry, (1, 32, *shape.size), True)
-    assert packed.weight.shape == (48, 32, 3, 3, 5), "the room that a tile of 4 takes"
-    expected = case.expected()
+    room = 20 if dtype == torch.float32 else 18
+    assert packed.weight.shape == (48, 32, 3, 3, room), "bytes a weight: its own, and four in float32 for a tile of 4"
+    expected, rtol = case.expected(), 1e-5 if dtype == torch.float32 else 1 / 256 + 1e-5
     y = native_convolution.run(case.x, packed, case.residual, geometry, act, False)
     unpacked = native_convolution.run(case.x, Filter(case.weight, case.bias), case.residual, geometry, act, False)
     written = native_convolution.run(case.x, packed, case.residual, geometry, act, True)
     assert written is case.residual
     for found in (y, unpacked, written):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-5)
 
 
-def test_weights_of_any_strides_are_packed_alike():
-    weight = torch.randn(40, 12, 3, 3)
-    strided = torch.randn(3, 12, 80, 6).permute(2, 1, 0, 3)[::2, :, :, ::2].copy_(weight)
+@in_both_dtypes
+def test_weights_of_any_strides_are_packed_alike(dtype):
+    weight = torch.randn(40, 12, 3, 3).to(dtype)
+    strided = torch.randn(3, 12, 80, 6).to(dtype).permute(2, 1, 0, 3)[::2, :, :, ::2].copy_(weight)
     for tile in (1, 2, 4):
         pack = operators().conv_act_pack
         assert torch.equal(pack(weight, 1, tile), pack(strided, 1, tile))
@@ -234,21 +272,32 @@ def test_weights_of_any_strides_are_packed_alike():
 
 def test_what_the_kernels_cant_read_is_refused():
     case = Case(Shape(8, 16), 0)
-    for x in (case.x.contiguous(), case.x.double(), channels_last(torch.randn(2, 8, 9, 18))[..., ::2]):
-        with pytest.raises(RuntimeError, match="x must be float32 in channels_last"):
+    for x in (case.x.contiguous(), case.x.bfloat16(), channels_last(torch.randn(2, 8, 9, 18))[..., ::2]):
+        with pytest.raises(RuntimeError, match=r"x must be in channels_last|packed for other groups or another dtype"):
             operators().conv_act(x, case.packed(), None, None, *case.windows, 0)
     with pytest.raises(RuntimeError, match="x has 6 channels, and the weight is for 8"):
         operators().conv_act(channels_last(torch.randn(2, 6, 9, 9)), case.packed(), None, None, *case.windows, 0)
     with pytest.raises(RuntimeError, match="the weight must come from conv_act_pack"):
         operators().conv_act(case.x, case.weight, None, None, *case.windows, 0)
     residual = torch.randn(2, 16, 9, 9)
-    with pytest.raises(RuntimeError, match="the residual must be float32 in channels_last"):
+    with pytest.raises(RuntimeError, match="the residual must be in channels_last"):
         operators().conv_act(case.x, case.packed(), None, residual, *case.windows, 0)
+    with pytest.raises(RuntimeError, match="the bias must be float32"):
+        operators().conv_act(case.x, case.packed(), case.weight[:, 0, 0, 0].bfloat16(), None, *case.windows, 0)
+    with pytest.raises(RuntimeError, match="the residual must be of x's dtype"):
+        operators().conv_act(case.x, case.packed(), None, channels_last(residual).double(), *case.windows, 0)
+    with pytest.raises(RuntimeError, match="x must be float32 or bfloat16"):
+        operators().conv_act(case.x.double(), case.packed(), None, None, *case.windows, 0)
+    with pytest.raises(RuntimeError, match="the weight must be float32 or bfloat16"):
+        operators().conv_act_pack(case.weight.double(), 1, 1)
 
 
+@in_both_dtypes
 @pytest.mark.parametrize("tile", [1, 4])
-def test_opcheck_without_exemptions(tile):
-    case = Case(Shape(8, 20, groups=2 if tile == 1 else 1, size=(9, 7), tile=tile), 0, act=1, residual=True)
+@pytest.mark.parametrize("inputs", [5, 8])
+def test_opcheck_without_exemptions(inputs, tile, dtype):
+    shape = Shape(2 * inputs if tile == 1 else inputs, 20, groups=2 if tile == 1 else 1, size=(9, 7), tile=tile)
+    case = Case(shape, 0, act=1, residual=True, dtype=dtype)
     arguments = (case.x, case.packed(), case.bias, case.residual, *case.windows, case.act)
     torch.library.opcheck(operators().conv_act.default, arguments)
     torch.library.opcheck(operators().conv_act_.default, arguments)

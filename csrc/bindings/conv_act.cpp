@@ -1,7 +1,7 @@
 // conv_act as operators of the CPU library, which alone has kernels for it.
 //
-// Weights travel packed, as a tensor (tile, outputs, n, rows, columns): its shape tells the window, its
-// values are laid out as csrc/cpu/conv_weights.h says, and n is whatever they need.
+// Weights travel packed, as a tensor of bytes (outputs, inputs, rows, columns, n): its shape tells the
+// window, its values are laid out as csrc/cpu/conv_weights.h says, and n is whatever they need.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -14,25 +14,31 @@
 namespace fusedres {
 namespace {
 
-ConvWeights shape_of(const Tensor& weight, int64_t groups, int64_t tile) {
-  return {groups, weight.size(1), weight.size(0) / groups, weight.size(2), weight.size(3), tile};
+ConvWeights shape_of(DType dtype, const Tensor& weight, int64_t groups, int64_t tile) {
+  return {dtype, groups, weight.size(1), weight.size(0) / groups, weight.size(2), weight.size(3), tile};
 }
 
 // The tile that weights were packed for: a larger one takes more room.
-int64_t tile_of(const Tensor& packed, int64_t groups) {
+int64_t tile_of(DType dtype, const Tensor& packed, int64_t groups) {
   STD_TORCH_CHECK(packed.dim() == 5, "conv_act: the weight must come from conv_act_pack");
   for (int64_t tile : {1, 2, 4})
-    if (shape_of(packed, groups, tile).room() == packed.size(4)) return tile;
-  STD_TORCH_CHECK(false, "conv_act: the weight was packed for other groups");
+    if (shape_of(dtype, packed, groups, tile).room() == packed.size(4)) return tile;
+  STD_TORCH_CHECK(false, "conv_act: the weight was packed for other groups or another dtype");
+}
+
+DType conv_dtype(const Tensor& t, const char* name) {
+  const DType dtype = dtype_of(t);
+  STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16, "conv_act: ", name,
+                  " must be float32 or bfloat16; convert it");
+  return dtype;
 }
 
 Tensor conv_act_pack(const Tensor& weight, int64_t groups, int64_t tile) {
-  const ConvWeights shape = shape_of(weight, groups, tile);
-  const Tensor packed = empty_accumulation(
-      weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3), shape.room()});
+  const ConvWeights shape = shape_of(conv_dtype(weight, "the weight"), weight, groups, tile);
+  const Tensor packed =
+      empty_bytes(weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3), shape.room()});
   const int64_t strides[] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
-  conv_pack(shape, static_cast<const float*>(weight.data_ptr()), strides,
-            static_cast<float*>(packed.data_ptr()), packed.numel());
+  conv_pack(shape, weight.data_ptr(), strides, packed.data_ptr(), packed.numel());
   return packed;
 }
 
@@ -47,22 +53,26 @@ struct Windows {
 };
 
 void require_channels_last(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(dtype_of(t) == DType::kFloat32 && is_channels_last(t), "conv_act: ", name,
-                  " must be float32 in channels_last; convert it");
+  STD_TORCH_CHECK(is_channels_last(t), "conv_act: ", name, " must be in channels_last; convert it");
 }
 
 void run_conv_act(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const Tensor* residual,
                   const Tensor& y, const Windows& windows, int64_t groups, int64_t act) {
+  const DType dtype = conv_dtype(x, "x");
   require_channels_last(x, "x");
-  if (residual) require_channels_last(*residual, "the residual");
+  if (residual) {
+    require_channels_last(*residual, "the residual");
+    STD_TORCH_CHECK(dtype_of(*residual) == dtype, "conv_act: the residual must be of x's dtype; convert it");
+  }
+  STD_TORCH_CHECK(!bias || dtype_of(*bias) == DType::kFloat32,
+                  "conv_act: the bias must be float32; convert it");
   STD_TORCH_CHECK(x.size(1) == groups * packed.size(1), "conv_act: x has ", x.size(1),
                   " channels, and the weight is for ", groups * packed.size(1));
-  auto floats = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
-  variant_for(DType::kFloat32)
-      .conv_act({x.size(0), x.size(1), packed.size(0), groups, tile_of(packed, groups),
-                 windows.axis(x, packed, 0), windows.axis(x, packed, 1), static_cast<int>(act), floats(x),
-                 floats(packed), bias ? floats(*bias) : nullptr, residual ? floats(*residual) : nullptr,
-                 floats(y)});
+  const int64_t tile = tile_of(dtype, packed, groups);
+  variant_for(dtype).conv_act({x.size(0), x.size(1), packed.size(0), groups, tile, windows.axis(x, packed, 0),
+                               windows.axis(x, packed, 1), dtype, static_cast<int>(act), x.data_ptr(),
+                               packed.data_ptr(), static_cast<const float*>(pointer(bias)),
+                               residual ? residual->data_ptr() : nullptr, y.data_ptr()});
 }
 
 Tensor conv_act(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,

@@ -27,11 +27,12 @@ Tensor conv_repack(const Tensor& weight, int64_t tile, bool transposed) {
     strides[2] = -strides[2];
     strides[3] = -strides[3];
   }
-  const ConvWeights shape{1, inputs, outputs, rows, columns, tile};
-  const Tensor packed = empty_accumulation(weight, {outputs, inputs, rows, columns, shape.room()});
+  const ConvWeights shape{DType::kFloat32, 1, inputs, outputs, rows, columns, tile};
+  const Tensor packed = empty_bytes(weight, {outputs, inputs, rows, columns, shape.room()});
   variant_for(DType::kFloat32)
       .conv_repack({inputs, outputs, rows, columns, tile, begin, strides,
-                    static_cast<float*>(packed.data_ptr()), packed.numel()});
+                    static_cast<float*>(packed.data_ptr()),
+                    packed.numel() / static_cast<int64_t>(sizeof(float))});
   return packed;
 }
 

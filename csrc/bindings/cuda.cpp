@@ -20,7 +20,7 @@ class Scratch {
 
   static void* allocate(void* owner, size_t bytes) {
     Scratch& scratch = *static_cast<Scratch*>(owner);
-    scratch.tensors_.push_back(empty_bytes(scratch.like_, static_cast<int64_t>(bytes)));
+    scratch.tensors_.push_back(empty_bytes(scratch.like_, {static_cast<int64_t>(bytes)}));
     return scratch.tensors_.back().data_ptr();
   }
 

@@ -145,8 +145,8 @@ Tensor empty_accumulation(const Tensor& x, const std::vector<int64_t>& sizes) {
   return empty_strided(x, accumulation_dtype(x), sizes, contiguous_strides(sizes));
 }
 
-Tensor empty_bytes(const Tensor& like, int64_t bytes) {
-  return empty_strided(like, aoti_torch_dtype_uint8(), {bytes}, {1});
+Tensor empty_bytes(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return empty_strided(like, aoti_torch_dtype_uint8(), sizes, contiguous_strides(sizes));
 }
 
 bool is_channels_last(const Tensor& t) { return t.dim() == 4 && is_dense(t, memory_of(t, true)); }

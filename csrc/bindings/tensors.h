@@ -76,6 +76,6 @@ Tensor empty_accumulation(const Tensor& x, const std::vector<int64_t>& sizes);  
 bool is_channels_last(const Tensor& t);
 Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& sizes);
 Tensor empty_nothing(const Tensor& x);
-Tensor empty_bytes(const Tensor& like, int64_t bytes);  // scratch
+Tensor empty_bytes(const Tensor& like, const std::vector<int64_t>& sizes);
 
 }  // namespace fusedres

@@ -6,17 +6,18 @@
 namespace fusedres::FUSEDRES_ISA {
 
 inline ConvWeights weights_of(const ConvAct& op) {
-  return {op.groups,      op.inputs / op.groups, op.outputs / op.groups,
-          op.rows.kernel, op.columns.kernel,     op.tile};
+  return {op.dtype,          op.groups, op.inputs / op.groups, op.outputs / op.groups, op.rows.kernel,
+          op.columns.kernel, op.tile};
 }
 
 // The result of a block of channels of y's pixels from `pixel` on.
-inline ConvResult result_of(const ConvAct& op, int64_t pixel, int64_t group, int64_t block) {
+template <class T>
+ConvResult<T> result_of(const ConvAct& op, int64_t pixel, int64_t group, int64_t block) {
   const int64_t outputs = op.outputs / op.groups, within = block * ConvWeights::kWidth;
   const int64_t channel = group * outputs + within, at = pixel * op.outputs + channel;
   return {op.bias ? op.bias + channel : nullptr,
-          op.residual ? op.residual + at : nullptr,
-          op.y + at,
+          op.residual ? static_cast<const T*>(op.residual) + at : nullptr,
+          static_cast<T*>(op.y) + at,
           op.outputs,
           minimum(ConvWeights::kWidth, outputs - within),
           static_cast<Act>(op.act)};
@@ -27,6 +28,7 @@ inline ConvResult result_of(const ConvAct& op, int64_t pixel, int64_t group, int
 // Windows are read where they are. Beyond the border there is a row of zeros to read instead, and where it
 // doesn't pay to go value by value of the window, or x's pixels would fall on each other in the cache, a
 // copy.
+template <class T>
 class ConvTile {
  public:
   ConvTile(const ConvAct& op, int64_t most_pixels, Arena& arena);
@@ -36,8 +38,8 @@ class ConvTile {
   void compute(int64_t group, int64_t block) const;
 
  private:
-  void place_window(const float* image, int64_t row, int64_t column, const float** to);
-  const float* tap(const float* x_row, int64_t column, int64_t slot) const;
+  void place_window(const T* image, int64_t row, int64_t column, const T** to);
+  const T* tap(const T* x_row, int64_t column, int64_t slot) const;
 
   const ConvAct& op_;
   const ConvWeights weights_;
@@ -46,14 +48,16 @@ class ConvTile {
   const int64_t taps_;
   const int64_t run_;  // of a tap
   const int64_t pitch_;
-  const float** begin_;  // (taps, pitch)
-  float* zeros_;
-  float* copies_;  // (taps, pitch, run and a little), or null
+  const T** begin_;  // (taps, pitch)
+  T* zeros_;
+  T* copies_;  // (taps, pitch, run and a little), or null
   int64_t pixel_ = 0;
   int64_t count_ = 0;
 };
 
+template <class T>
 void conv_direct(const ConvAct& op);
+template <class T>
 void conv_winograd(const ConvAct& op);
 
 }  // namespace fusedres::FUSEDRES_ISA

@@ -1,20 +1,22 @@
 #include "conv_block.h"
 
 #include "activation.h"
+#include "conv_product.h"
 
 namespace fusedres::FUSEDRES_ISA {
 namespace {
 
 constexpr int kLanes = Vec<float>::kLanes;
-constexpr int64_t kLine = 16;  // values of a cache line
+constexpr int64_t kLineBytes = 64;
 
 // Where the registers hold no full result: sums from memory, any activation, any number of channels.
+template <class T>
 __attribute__((noinline)) void finish_from_memory(const Vec<float>* sums, int64_t vectors,
-                                                  const ConvResult& to, int64_t rows) {
+                                                  const ConvResult<T>& to, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t channel = 0; channel < to.channels; channel += kLanes) {
       const Vec<float> sum = sums[row * vectors + channel / kLanes];
-      float* const y = to.y + row * to.stride + channel;
+      T* const y = to.y + row * to.stride + channel;
       auto finish = [&](auto lanes) FUSEDRES_INLINE_LAMBDA {
         store(y, activate(to.act, conv_epilogue(sum, to, row, channel, lanes)), lanes);
       };
@@ -25,8 +27,9 @@ __attribute__((noinline)) void finish_from_memory(const Vec<float>* sums, int64_
     }
 }
 
-template <int kCount, int kVectors>
-FUSEDRES_INLINE void finish(const Vec<float> (&sums)[kCount][kVectors], const ConvResult& to, int64_t rows) {
+template <class T, int kCount, int kVectors>
+FUSEDRES_INLINE void finish(const Vec<float> (&sums)[kCount][kVectors], const ConvResult<T>& to,
+                            int64_t rows) {
   if (to.channels < kVectors * kLanes || (to.act != Act::kIdentity && to.act != Act::kRelu)) {
     Vec<float> kept[kCount][kVectors];
 #pragma GCC unroll 16
@@ -46,37 +49,59 @@ FUSEDRES_INLINE void finish(const Vec<float> (&sums)[kCount][kVectors], const Co
   }
 }
 
-FUSEDRES_INLINE void prefetch_result(const ConvResult& to, int64_t row, int64_t channel) {
+template <class T>
+FUSEDRES_INLINE void prefetch_result(const ConvResult<T>& to, int64_t row, int64_t channel) {
   __builtin_prefetch(to.y + row * to.stride + channel, 1);
   if (to.residual) __builtin_prefetch(to.residual + row * to.stride + channel);
 }
 
+// One step of every row's sums; `value(row, part)` gives what of x it multiplies.
+template <class T, int kCount, int kVectors, class Value>
+FUSEDRES_INLINE void step(Vec<float> (&sums)[kCount][kVectors], const T* weights, const Value& value) {
+  using P = Product<T>;
+#pragma GCC unroll 2
+  for (int part = 0; part < P::kParts; ++part) {
+    typename P::Operand w[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) w[v] = P::weights(weights + v * kLanes * P::kInputs, part);
+#pragma GCC unroll 16
+    for (int row = 0; row < kCount; ++row) {
+      const typename P::Operand x = value(row, part);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = P::add(sums[row][v], x, w[v]);
+    }
+  }
+}
+
 // y of the `rows` first of kCount rows; meanwhile what the result and the next rows need comes into the
 // cache. A step of k loads kVectors vectors and kCount values for kCount * kVectors multiply-adds.
-template <int kCount, int kVectors>
-void multiply(const ConvRows& from, const float* weights, int64_t width, const ConvResult& to, int64_t rows) {
+template <int kCount, int kVectors, class T>
+void multiply(const ConvRows<T>& from, const T* weights, int64_t width, const ConvResult<T>& to,
+              int64_t rows) {
+  using P = Product<T>;
+  constexpr int64_t kLine = kLineBytes / int64_t{sizeof(T)};
   for (int64_t row = 0; row < rows; ++row)
     for (int v = 0; v < kVectors; ++v) prefetch_result(to, row, v * kLanes);
   Vec<float> sums[kCount][kVectors] = {};
+  const int64_t whole = from.run / P::kInputs * P::kInputs;
   for (int64_t tap = 0; tap < from.taps; ++tap) {
-    const float* x[kCount];
+    const T* x[kCount];
 #pragma GCC unroll 16
     for (int row = 0; row < kCount; ++row) x[row] = from.begin[tap * from.pitch + row] + from.offset;
-    const float* const* const next = from.begin + tap * from.pitch + kCount;
-    for (int64_t k = 0; k < from.run;) {
+    const T* const* const next = from.begin + tap * from.pitch + kCount;
+    for (int64_t k = 0; k < whole;) {
 #pragma GCC unroll 16
       for (int row = 0; row < kCount; ++row) __builtin_prefetch(next[row] + from.offset + k);
-      for (const int64_t end = minimum(k + kLine, from.run); k < end; ++k, weights += width) {
-        Vec<float> w[kVectors];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) w[v] = load(weights + v * kLanes, AllLanes{});
-#pragma GCC unroll 16
-        for (int row = 0; row < kCount; ++row) {
-          const Vec<float> value = broadcast(x[row][k]);
-#pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) sums[row][v] = multiply_add(value, w[v], sums[row][v]);
-        }
-      }
+      for (const int64_t end = minimum(k + kLine, whole); k < end;
+           k += P::kInputs, weights += width * P::kInputs)
+        step<T>(sums, weights,
+                [&](int row, int part) FUSEDRES_INLINE_LAMBDA { return P::values(x[row] + k, part); });
+    }
+    if constexpr (P::kInputs > 1) {
+      if (whole == from.run) continue;
+      step<T>(sums, weights,
+              [&](int row, int part) FUSEDRES_INLINE_LAMBDA { return P::last(x[row] + whole, part); });
+      weights += width * P::kInputs;
     }
   }
   finish(sums, to, rows);
@@ -85,8 +110,8 @@ void multiply(const ConvRows& from, const float* weights, int64_t width, const C
 // Rows at a time, where fewer are left.
 constexpr int kFewRows = kRows == 12 ? 4 : 2;
 
-template <int kVectors>
-void multiply_all(ConvRows from, const float* weights, int64_t width, ConvResult to, int64_t count) {
+template <int kVectors, class T>
+void multiply_all(ConvRows<T> from, const T* weights, int64_t width, ConvResult<T> to, int64_t count) {
   while (count > 0) {
     const int64_t rows = count > kRows - kFewRows ? kRows : kFewRows;
     if (rows == kRows)
@@ -102,21 +127,27 @@ void multiply_all(ConvRows from, const float* weights, int64_t width, ConvResult
 
 }  // namespace
 
-void conv_block(const ConvRows& rows, const float* weights, int64_t width, const ConvResult& to,
+template <class T>
+void conv_block(const ConvRows<T>& rows, const T* weights, int64_t width, const ConvResult<T>& to,
                 int64_t count) {
   constexpr int64_t kStep = 2 * kLanes;
   static_assert(kStep <= ConvWeights::kWidth);
-  ConvResult part = to;
+  ConvResult<T> part = to;
   for (int64_t channel = 0; channel < minimum(width, to.channels); channel += kStep) {
     part.channels = minimum(kStep, to.channels - channel);
+    const T* const w = weights + channel * Product<T>::kInputs;
     if (width - channel >= kStep)
-      multiply_all<2>(rows, weights + channel, width, part, count);
+      multiply_all<2>(rows, w, width, part, count);
     else
-      multiply_all<1>(rows, weights + channel, width, part, count);
+      multiply_all<1>(rows, w, width, part, count);
     part.y += kStep;
     if (part.bias) part.bias += kStep;
     if (part.residual) part.residual += kStep;
   }
 }
+
+template void conv_block(const ConvRows<float>&, const float*, int64_t, const ConvResult<float>&, int64_t);
+template void conv_block(const ConvRows<BFloat16>&, const BFloat16*, int64_t, const ConvResult<BFloat16>&,
+                         int64_t);
 
 }  // namespace fusedres::FUSEDRES_ISA

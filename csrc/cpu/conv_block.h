@@ -18,8 +18,9 @@ constexpr int kRows = 2;
 #endif
 
 // Row r is the values [begin[tap * pitch + r] + offset, ... + run) of every tap in turn.
+template <class T>
 struct ConvRows {
-  const float* const* begin;
+  const T* const* begin;
   int64_t pitch;
   int64_t offset;
   int64_t taps;
@@ -27,23 +28,25 @@ struct ConvRows {
 };
 
 // y = act(sum + bias + residual), for the first `channels` of the block.
+template <class T>
 struct ConvResult {
-  const float* bias;      // or null
-  const float* residual;  // (rows, stride), or null; may be y
-  float* y;               // (rows, stride)
+  const float* bias;  // or null
+  const T* residual;  // (rows, stride), or null; may be y
+  T* y;               // (rows, stride)
   int64_t stride;
   int64_t channels;
   Act act;
 };
 
 // y[r] for `count` rows. A row's sums are the same bits whatever its neighbours are.
-// `weights` (taps * run, width), from cache as often as there are kRows rows.
-void conv_block(const ConvRows& rows, const float* weights, int64_t width, const ConvResult& to,
+// `weights` (taps, steps, width, inputs of a step), from cache as often as there are kRows rows.
+template <class T>
+void conv_block(const ConvRows<T>& rows, const T* weights, int64_t width, const ConvResult<T>& to,
                 int64_t count);
 
 // Of z, the sum of all but the bias, the residual and the activation; `channel` is its first lane's.
-template <class Lanes>
-FUSEDRES_INLINE Vec<float> conv_epilogue(Vec<float> z, const ConvResult& to, int64_t row, int64_t channel,
+template <class T, class Lanes>
+FUSEDRES_INLINE Vec<float> conv_epilogue(Vec<float> z, const ConvResult<T>& to, int64_t row, int64_t channel,
                                          Lanes lanes) {
   if (to.bias) z = z + load(to.bias + channel, lanes);
   if (to.residual) z = z + load(to.residual + row * to.stride + channel, lanes);

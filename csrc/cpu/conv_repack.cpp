@@ -15,7 +15,7 @@ class Repack {
  public:
   explicit Repack(const ConvRepack& op)
       : op_(op),
-        shape_{1, op.inputs, op.outputs, op.rows, op.columns, op.tile},
+        shape_{DType::kFloat32, 1, op.inputs, op.outputs, op.rows, op.columns, op.tile},
         values_(arena_.take<float>(op.rows * op.columns * kInputs * kWidth)) {}
 
   // `count` inputs of a block.
@@ -76,7 +76,7 @@ class Repack {
         W::weights(half[i], u);
 #pragma GCC unroll 6
         for (int j = 0; j < kSide; ++j)
-          write(op_.packed + shape_.winograd(i * kSide + j, block) + first * width_ + at, u[j]);
+          write(op_.packed + shape_.direct(1, 0) + shape_.winograd(i * kSide + j, block) + first * width_ + at, u[j]);
       }
     }
   }
@@ -92,7 +92,7 @@ class Repack {
 
 // The weights of a training step, in the time of reading and writing them.
 void conv_repack(const ConvRepack& op) {
-  const ConvWeights shape{1, op.inputs, op.outputs, op.rows, op.columns, op.tile};
+  const ConvWeights shape{DType::kFloat32, 1, op.inputs, op.outputs, op.rows, op.columns, op.tile};
   for (int64_t i = shape.elements(); i < op.count; ++i) op.packed[i] = 0;
   const int64_t blocks = shape.blocks();
   const int64_t pieces = ceil_div(op.inputs, kInputs);

@@ -49,7 +49,7 @@ int64_t tiles_at_once(const Tiles& tiles, int64_t points, int64_t inputs) {
   return ceil_div(ceil_div(tiles.count, ceil_div(tiles.count, most)), kRows) * kRows;
 }
 
-template <int kTile>
+template <class T, int kTile>
 class Patch {
   using W = Winograd<kTile>;
   static constexpr int kSide = W::kPoints;
@@ -58,6 +58,7 @@ class Patch {
   Patch(const ConvAct& op, int64_t most, Arena& arena)
       : op_(op),
         weights_(weights_of(op)),
+        points_(reinterpret_cast<const float*>(static_cast<const T*>(op.weights) + weights_.direct(1, 0))),
         tiles_(op),
         inputs_(ceil_div(op.inputs, kLanes) * kLanes),
         point_(most * inputs_ + kGap),
@@ -87,9 +88,10 @@ class Patch {
   void compute(int64_t block) {
     const int64_t width = weights_.width(block);
     for (int64_t point = 0; point < kSide * kSide; ++point) {
-      const ConvRows rows{begin_, 0, point * point_, 1, op_.inputs};
-      const ConvResult to{nullptr, nullptr, products_ + point * product_, kWidth, width, Act::kIdentity};
-      conv_block(rows, op_.weights + weights_.winograd(point, block), width, to, count_);
+      const ConvRows<float> rows{begin_, 0, point * point_, 1, op_.inputs};
+      const ConvResult<float> to{nullptr, nullptr, products_ + point * product_,
+                                 kWidth,  width,   Act::kIdentity};
+      conv_block(rows, points_ + weights_.winograd(point, block), width, to, count_);
     }
     for (int64_t i = 0; i < count_; ++i) finish(i, block);
   }
@@ -107,7 +109,8 @@ class Patch {
         const int64_t row = rows.place(at.row, i);
         d[i] = Vec<float>{};
         if (rows.inside(row) && columns.inside(column))
-          d[i] = load(op_.x + ((at.image * rows.size + row) * columns.size + column) * op_.inputs + channel,
+          d[i] = load(static_cast<const T*>(op_.x) +
+                          ((at.image * rows.size + row) * columns.size + column) * op_.inputs + channel,
                       lanes);
       }
       W::input(d, t);
@@ -129,7 +132,7 @@ class Patch {
     const int64_t rows = minimum<int64_t>(kTile, op_.rows.outputs - at.row);
     const int64_t columns = minimum<int64_t>(kTile, op_.columns.outputs - at.column);
     const int64_t pixel = (at.image * op_.rows.outputs + at.row) * op_.columns.outputs + at.column;
-    const ConvResult to = result_of(op_, pixel, 0, block);
+    const ConvResult<T> to = result_of<T>(op_, pixel, 0, block);
     Vec<float> y[kWidth / kLanes][kTile][kTile];
     Vec<float> differences{};  // NaN where a value is not finite
     for (int64_t channel = 0; channel < to.channels; channel += kLanes) {
@@ -182,6 +185,7 @@ class Patch {
 
   const ConvAct& op_;
   const ConvWeights weights_;
+  const float* const points_;  // the weights, transformed
   const Tiles tiles_;
   const int64_t inputs_;   // up to whole vectors
   const int64_t point_;    // from one point's transformed values to the next one's
@@ -189,19 +193,19 @@ class Patch {
   float* transformed_;     // (points, tiles, inputs)
   float* products_;        // (points, tiles, kWidth)
   const float** begin_;    // (tiles,)
-  mutable ConvTile again_;
+  mutable ConvTile<T> again_;
   int64_t first_ = 0;
   int64_t count_ = 0;
 };
 
-template <int kTile>
+template <class T, int kTile>
 void winograd(const ConvAct& op) {
   constexpr int64_t kPoints = Winograd<kTile>::kPoints * Winograd<kTile>::kPoints;
   const Tiles tiles(op);
   const int64_t blocks = weights_of(op).blocks(), most = tiles_at_once(tiles, kPoints, op.inputs);
   parallel(ceil_div(tiles.count, most) * blocks, most * kPoints * op.inputs, [&](int64_t begin, int64_t end) {
     Arena arena;
-    Patch<kTile> patch(op, most, arena);
+    Patch<T, kTile> patch(op, most, arena);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / blocks * most, block = i % blocks;
       if (i == begin || block == 0) patch.place(first, minimum(most, tiles.count - first));
@@ -213,12 +217,18 @@ void winograd(const ConvAct& op) {
 }  // namespace
 
 // Patch by patch of tiles, each with all channels: one matrix product a point of the transformed tile, in
-// place of as many as the window has values a pixel of y.
+// place of as many as the window has values a pixel of y. All but x, the residual and y is in float32.
+template <class T>
 void conv_winograd(const ConvAct& op) {
   if (op.tile == 2)
-    winograd<2>(op);
+    winograd<T, 2>(op);
   else
-    winograd<4>(op);
+    winograd<T, 4>(op);
 }
+
+#if !defined(__AVX512BF16__)
+template void conv_winograd<float>(const ConvAct&);
+#endif
+template void conv_winograd<BFloat16>(const ConvAct&);
 
 }  // namespace fusedres::FUSEDRES_ISA

@@ -7,49 +7,50 @@
 namespace fusedres {
 namespace {
 
-#define FUSEDRES_VARIANT(isa, convolutions, supported, serves) \
-  {#isa,                                                       \
-   supported,                                                  \
-   serves,                                                     \
-   isa::affine_act_forward,                                    \
-   isa::affine_act_backward,                                   \
-   isa::bn_act_forward,                                        \
-   isa::bn_act_backward,                                       \
-   isa::bn_act_pool_forward,                                   \
-   isa::bn_act_pool_backward,                                  \
-   convolutions(isa)}
+#define FUSEDRES_VARIANT(isa, training, supported, serves) \
+  {#isa,                                                   \
+   supported,                                              \
+   serves,                                                 \
+   isa::affine_act_forward,                                \
+   isa::affine_act_backward,                               \
+   isa::bn_act_forward,                                    \
+   isa::bn_act_backward,                                   \
+   isa::bn_act_pool_forward,                               \
+   isa::bn_act_pool_backward,                              \
+   isa::conv_act,                                          \
+   training(isa)}
 
-#define FUSEDRES_CONVOLUTIONS(isa) isa::conv_act, isa::conv_repack, isa::conv_dweight
-#define FUSEDRES_NO_CONVOLUTIONS(isa) nullptr, nullptr, nullptr
+#define FUSEDRES_TRAINING(isa) isa::conv_repack, isa::conv_dweight
+#define FUSEDRES_NO_TRAINING(isa) nullptr, nullptr
 
 const Variant kVariants[] = {
     FUSEDRES_VARIANT(
-        portable, FUSEDRES_CONVOLUTIONS, [] { return true; }, [](DType) { return true; }),
+        portable, FUSEDRES_TRAINING, [] { return true; }, [](DType) { return true; }),
 #if defined(__x86_64__)
     FUSEDRES_VARIANT(
-        avx2, FUSEDRES_CONVOLUTIONS,
+        avx2, FUSEDRES_TRAINING,
         [] {
           return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                  __builtin_cpu_supports("f16c");
         },
         [](DType dtype) { return dtype != DType::kFloat64; }),
     FUSEDRES_VARIANT(
-        avx512, FUSEDRES_CONVOLUTIONS,
+        avx512, FUSEDRES_TRAINING,
         [] {
           return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
         },
         [](DType dtype) { return dtype != DType::kFloat64; }),
     FUSEDRES_VARIANT(
-        avx512_bf16, FUSEDRES_NO_CONVOLUTIONS,
+        avx512_bf16, FUSEDRES_NO_TRAINING,
         [] { return kVariants[2].supported() && __builtin_cpu_supports("avx512bf16"); },
         [](DType dtype) { return dtype == DType::kBFloat16; }),
 #endif
 };
 constexpr int kCount = sizeof kVariants / sizeof kVariants[0];
 #undef FUSEDRES_VARIANT
-#undef FUSEDRES_CONVOLUTIONS
-#undef FUSEDRES_NO_CONVOLUTIONS
+#undef FUSEDRES_TRAINING
+#undef FUSEDRES_NO_TRAINING
 
 // The index of the variant that FUSEDRES_CPU_ISA names, the last one if it is unset.
 int find_cap() {

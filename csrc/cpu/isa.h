@@ -37,8 +37,8 @@ struct Variant {
   void (*bn_act_backward)(const BnActBackward& op);
   void (*bn_act_pool_forward)(const BnActPoolForward& op);
   void (*bn_act_pool_backward)(const BnActPoolBackward& op);
-  // Null where the variant has no float32.
   void (*conv_act)(const ConvAct& op);
+  // Null where the variant has no float32.
   void (*conv_repack)(const ConvRepack& op);
   bool (*conv_dweight)(const ConvDweight& op);  // false: a sum is not finite, and dweight is not to be used
 };

@@ -1,27 +1,33 @@
 """conv_act in the compiled CPU library: its operators' schemas and fakes, and which form of them a shape takes.
 
-    conv_act_pack(weight, groups, tile) -> the weight in the kernels' order, (outputs, inputs, rows, columns, n)
+    conv_act_pack(weight, groups, tile) -> its bytes in the kernels' order, (outputs, inputs, rows, columns, n)
     conv_act(x, packed, bias, residual, ...) -> y = act(conv(x, weight) + bias + residual)
     conv_act_(x, packed, bias, residual, ...): y written over the residual
 
-float32, channels_last. A tile of 1 is the direct form; of 2 or 4, for 3x3 windows of stride 1, Winograd's, which
-computes that many rows and columns of y at once with 2.25 or 4 times fewer products.
+float32 or bfloat16 in channels_last, the bias always in float32; sums are in float32 and rounded once. A tile of 1 is
+the direct form; of 2 or 4, for 3x3 windows of stride 1, Winograd's in float32, which computes that many rows and columns
+of y at once with 2.25 or 4 times fewer products.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fusedres import build
 from fusedres.backends import Convolution, Filter, Geometry, Request
 from fusedres.epilogue import Activation
+from fusedres.native_sources import NATIVE
 
 _PANEL = 16  # output channels that weights are padded to
 _PACKED_DIMS = 5
+_DTYPES = {torch.float32: 0, torch.bfloat16: 2}  # and their numbers in csrc/params.h
 
 # Of winograd_tile, in multiply-adds: of a value's two transforms, and of reading a weight from memory.
 _TRANSFORM = 8
@@ -37,10 +43,13 @@ _LIBRARY.define(f"conv_act_(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) re
 def _fake_pack(weight: Tensor, groups: int, tile: int) -> Tensor:
     outputs, inputs, rows, columns = weight.shape
     padded = -(-(outputs // groups) // _PANEL) * _PANEL
-    direct = groups * padded * inputs * rows * columns
-    transformed = (tile + 2) ** 2 * padded * inputs if tile > 1 else 0
+    flat = groups == 1 and columns > 1 and inputs < _PANEL
+    taps, run = (rows, columns * inputs) if flat else (rows * columns, inputs)
+    step = 2 if weight.dtype is torch.bfloat16 else 1
+    direct = groups * padded * taps * -(-run // step) * 4  # bytes
+    transformed = (tile + 2) ** 2 * padded * inputs * 4 if tile > 1 else 0
     room = -(-(direct + transformed) // weight.numel())
-    return weight.new_empty((*weight.shape, room))
+    return weight.new_empty((*weight.shape, room), dtype=torch.uint8)
 
 
 def _fake_conv_act(
@@ -74,16 +83,19 @@ for _name, _fake in (
     torch.library.register_fake(f"fusedres_native::{_name}", _fake, lib=_LIBRARY)
 
 
-def winograd_tile(inputs: int, outputs: int, images: int, height: int, width: int, read: int = _READ) -> int:
+def winograd_tile(
+    inputs: int, outputs: int, images: int, height: int, width: int, *, speed: float = 1, read: int = _READ
+) -> int:
     """The tile with which a 3x3 convolution of stride 1 and one group takes least work; 1: the direct form.
 
-    Winograd's has to save a fifth of it. Counted in multiply-adds a pair of channels: the products of every tile, its
-    transforms, reading the weights once. FUSEDRES_WINOGRAD=0 leaves the direct form alone: the errors of the other are
-    up to 2.2 times eager's.
+    Winograd's has to save a fifth of it. Counted in fp32 multiply-adds a pair of channels: the products of every tile,
+    its transforms, reading the weights once. FUSEDRES_WINOGRAD=0 leaves the direct form alone: the errors of the other
+    are up to 2.2 times eager's.
 
     Args:
         inputs, outputs: channels.
         height, width: y's.
+        speed: of the direct form's products; Winograd's are in fp32.
         read: what it costs to get at a weight.
     """
     if not _winograd_is_on():
@@ -91,8 +103,9 @@ def winograd_tile(inputs: int, outputs: int, images: int, height: int, width: in
 
     def work(tile: int) -> float:
         tiles = images * -(-height // tile) * -(-width // tile)
-        points, transforms = (9, 0.0) if tile == 1 else ((tile + 2) ** 2, _TRANSFORM * (1 / inputs + 1 / outputs))
-        return points * (tiles * (1 + transforms) + read)
+        if tile == 1:
+            return 9 * (tiles + read) / speed
+        return (tile + 2) ** 2 * (tiles * (1 + _TRANSFORM * (1 / inputs + 1 / outputs)) + read)
 
     best = min((2, 4), key=work)
     return best if work(best) <= 0.8 * work(1) else 1
@@ -105,15 +118,34 @@ def _winograd_is_on() -> bool:
     return choice == "1"
 
 
+# What the instruction set's products of bfloat16 are to those of fp32; 1 where they are widened.
+_SPEEDS = {"avx512_bf16": 2.0}
+
+
+def _speed(dtype: torch.dtype) -> float:
+    return 1.0 if dtype is torch.float32 else _SPEEDS.get(_instruction_set(dtype), 1.0)
+
+
+@cache
+def _instruction_set(dtype: torch.dtype) -> str:
+    """The variant of the library that serves a dtype."""
+    found = build.library(NATIVE)
+    assert isinstance(found, build.Library)
+    variant = ctypes.CDLL(str(found.path)).fusedres_variant
+    variant.restype = ctypes.c_char_p
+    return variant(_DTYPES[dtype]).decode()
+
+
 def pack(taps: Filter, geometry: Geometry, sizes: Sequence[int], joins: bool) -> Filter:
     """The weight in the kernels' order, with Winograd's beside it where the sizes make that worth while."""
     weight, bias = taps
     outputs, inputs, *kernel = weight.shape
     tile = 1
     if geometry == Geometry(padding=geometry.padding) and kernel == [3, 3]:
-        tile = winograd_tile(inputs, outputs, sizes[0], *geometry.output_size((3, 3), sizes[2], sizes[3]))
+        height, width = geometry.output_size((3, 3), sizes[2], sizes[3])
+        tile = winograd_tile(inputs, outputs, sizes[0], height, width, _speed(weight.dtype))
     packed = torch.ops.fusedres_native.conv_act_pack(weight, geometry.groups, tile)
-    return Filter(packed, None if bias is None else bias.to(weight.dtype).contiguous())
+    return Filter(packed, None if bias is None else bias.float().contiguous())
 
 
 def run(
@@ -123,6 +155,7 @@ def run(
     outputs, inputs, rows, columns, _ = packed.shape
     if x.shape[1] != inputs * geometry.groups or min(geometry.output_size((rows, columns), *x.shape[2:])) < 1:
         # Nothing for the kernels: eager says what is wrong.
+        bias = None if bias is None else bias.to(x.dtype)
         return functional.conv2d(x, x.new_zeros(outputs, inputs, rows, columns), bias, *geometry)
     operators = torch.ops.fusedres_native
     if residual is None or not in_place:
@@ -144,11 +177,11 @@ def objection(request: Request) -> str | None:
         return "its convolutions have no backward; call it under torch.no_grad() or torch.inference_mode()"
     if request.subclass:
         return "x is a tensor subclass, which its operators do not see through"
-    for name, dtype in (("x", request.dtype), ("the weight", request.parameter_dtype)):
-        if dtype is not torch.float32:
-            return f"{name} is {dtype}, and its convolutions are in torch.float32; convert it"
-    if request.residual_dtype not in (None, torch.float32):
-        return f"the residual is {request.residual_dtype}, and its convolutions are in torch.float32; convert it"
+    if request.dtype not in _DTYPES:
+        return f"x is {request.dtype}, and its convolutions are in {' or '.join(map(str, _DTYPES))}; convert it"
+    for name, dtype in (("the weight", request.parameter_dtype), ("the residual", request.residual_dtype)):
+        if dtype not in (None, request.dtype):
+            return f"{name} is {dtype} and x {request.dtype}; convert one of them"
     for name, order in (("x", request.layout), ("the residual", request.residual_layout)):
         if order not in (None, "channels_last"):
             return f"{name} is {order} in memory, and its convolutions are in channels_last; convert it"

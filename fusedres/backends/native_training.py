@@ -48,8 +48,8 @@ def tiles(sizes: Sequence[int], weight_sizes: Sequence[int], geometry: Geometry)
     if tuple(kernel) != _KERNEL or geometry != Geometry(padding=geometry.padding) or max(geometry.padding) > 2:
         return 1, 1, 1
     rows, columns = geometry.output_size(_KERNEL, height, width)
-    of_y = winograd_tile(inputs, outputs, images, rows, columns, _REPACK)
-    of_dx = winograd_tile(outputs, inputs, images, height, width, _REPACK)
+    of_y = winograd_tile(inputs, outputs, images, rows, columns, read=_REPACK)
+    of_dx = winograd_tile(outputs, inputs, images, height, width, read=_REPACK)
     if 1 in (of_y, of_dx):
         return 1, 1, 1
     of_dweight = of_y

@@ -68,6 +68,8 @@ class Arrays {
   void* empty(int64_t count, DType dtype) {
     return allocate(count * size_of(dtype), draw(2) * size_of(dtype));
   }
+  // As torch's are: packed weights hold float32 beside bfloat16.
+  void* aligned(int64_t bytes) { return allocate(bytes, 0); }
   uint8_t* bytes(int64_t count) { return static_cast<uint8_t*>(allocate(count, draw(2))); }
   void* filled(int64_t count, DType dtype) {
     auto* const p = static_cast<unsigned char*>(empty(count, dtype));
@@ -146,23 +148,24 @@ class Round {
     const int64_t tile = pick<int64_t>({1, 1, 2, 4}), images = 1 + draw(3);
     const ConvAxis rows = window(tile), columns = window(tile);
     const int64_t groups = tile > 1 ? 1 : pick<int64_t>({1, 1, 3});
-    const ConvWeights weights{groups,
+    const ConvWeights weights{dtype_,
+                              groups,
                               pick<int64_t>({1, 3, 16, 21, 1024}),
                               pick<int64_t>({1, 7, 16, 33, 70}),
                               rows.kernel,
                               columns.kernel,
                               tile};
     const int64_t inputs = groups * weights.inputs, outputs = groups * weights.outputs;
-    const int64_t strides[] = {weights.depth(), rows.kernel * columns.kernel, columns.kernel, 1};
-    auto* const packed = static_cast<float*>(arrays_.empty(weights.elements(), dtype_));
-    conv_pack(weights, static_cast<float*>(arrays_.filled(outputs * weights.depth(), dtype_)), strides,
-              packed, weights.elements());
-    auto* const y =
-        static_cast<float*>(arrays_.filled(images * rows.outputs * columns.outputs * outputs, dtype_));
-    variant_.conv_act(
-        {images, inputs, outputs, groups, tile, rows, columns, act_,
-         static_cast<float*>(arrays_.filled(images * rows.size * columns.size * inputs, dtype_)), packed,
-         static_cast<float*>(arrays_.maybe(outputs, dtype_)), draw(2) ? y : nullptr, y});
+    const int64_t filter = weights.inputs * rows.kernel * columns.kernel,
+                  bytes = weights.elements() * size_of(dtype_);
+    const int64_t strides[] = {filter, rows.kernel * columns.kernel, columns.kernel, 1};
+    void* const packed = arrays_.aligned(bytes);
+    conv_pack(weights, arrays_.filled(outputs * filter, dtype_), strides, packed, bytes);
+    void* const y = arrays_.filled(images * rows.outputs * columns.outputs * outputs, dtype_);
+    const void* const x = arrays_.filled(images * rows.size * columns.size * inputs, dtype_);
+    const auto* const bias = static_cast<const float*>(arrays_.maybe(outputs, DType::kFloat32));
+    variant_.conv_act({images, inputs, outputs, groups, tile, rows, columns, dtype_, act_, x, packed, bias,
+                       draw(2) ? y : nullptr, y});
   }
 
  private:
@@ -265,7 +268,7 @@ int main(int, char** arguments) {
         calls.affine_act();
         calls.bn_act();
         calls.bn_act_pool();
-        if (dtype == DType::kFloat32) calls.conv_act();
+        if (dtype == DType::kFloat32 || dtype == DType::kBFloat16) calls.conv_act();
       }
     }
     std::printf("%s: %d rounds of every data type\n", variant.name, rounds);
