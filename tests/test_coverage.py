@@ -10,6 +10,7 @@ from eager import randomise
 from torchvision_models import torchvision
 
 import fusedres
+from fusedres.bench.work import settle
 from fusedres.report import Code
 
 timm = pytest.importorskip("timm")
@@ -102,6 +103,7 @@ def test_a_network_is_fused_or_skipped_and_equal_to_itself(library, name):
     if not report.fused:
         return
     randomise(model)
+    settle(model)  # or roundings grow from block to block, until there is nothing to compare
     small = sum(parameter.numel() for parameter in model.parameters()) < LARGE
     model = model.double() if small else model
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64 if small else torch.float32)

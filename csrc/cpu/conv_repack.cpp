@@ -76,7 +76,9 @@ class Repack {
         W::weights(half[i], u);
 #pragma GCC unroll 6
         for (int j = 0; j < kSide; ++j)
-          write(op_.packed + shape_.direct(1, 0) + shape_.winograd(i * kSide + j, block) + first * width_ + at, u[j]);
+          write(
+              op_.packed + shape_.direct(1, 0) + shape_.winograd(i * kSide + j, block) + first * width_ + at,
+              u[j]);
       }
     }
   }
