@@ -34,6 +34,8 @@ from fusedres.bench.work import Step, Work
 from fusedres.machine import PACKAGES, conditions, version
 
 ROOT = Path(__file__).parents[1]
+FACTS = {"device", "threads", "torch", "fusedres", "commit", "malloc", "python", "peak_bytes", "speedup", "speedup_95"}
+RATES = ({"GB/s", "share of copy bandwidth"}, {"images/s", "share of matmul peak"})
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,17 @@ Race = Callable[[Any, Hashable, str, Callable[[], Mapping[str, Contestant]]], li
 @pytest.fixture(scope="session")
 def _races() -> dict[Hashable, tuple[dict[str, list[float]], dict[str, Mapping[str, object]]]]:
     return {}
+
+
+@pytest.fixture(autouse=True)
+def complete(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No result without what it means nothing without."""
+    yield
+    facts = request.getfixturevalue("benchmark").extra_info if "race" in request.fixturenames else {}
+    if facts:
+        rates = [rate for rate in RATES if rate <= facts.keys()]
+        missing = FACTS - facts.keys()
+        assert rates and not missing and any(name.startswith("error ") for name in facts), (missing, facts)
 
 
 @pytest.fixture

@@ -39,17 +39,6 @@ sys.exit(gpu.main())
 """
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """One run of all stages."""
-    folder = tmp_path_factory.mktemp("gpu")
-    program, out = folder / "program.py", folder / "out"
-    program.write_text(PROGRAM)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(program), "--out", str(out), "--device", "cpu", "--tiny", "--minutes", "60"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False), out
-
-
 def reports(out: Path) -> Iterator[dict[str, object]]:
     """Of every stage, its own file's or one of those in a joined file."""
     for path in out.iterdir():
@@ -57,44 +46,43 @@ def reports(out: Path) -> Iterator[dict[str, object]]:
         yield from [data] if "stage" in data else data.values()
 
 
-def test_every_stage_runs_after_one_that_breaks(finished) -> None:
-    done, out = finished
+def test_every_stage_runs_also_after_one_that_breaks(tmp_path) -> None:
+    program, out = tmp_path / "program.py", tmp_path / "out"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), "--out", str(out), "--device", "cpu", "--tiny", "--minutes", "60"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
     statuses = dict(re.findall(r"^== (\S+): (\w+)", done.stdout, re.MULTILINE))
     assert list(statuses)[:2] == ["raises", "dies"] and len(statuses) == 14
     broken = {name for name, status in statuses.items() if status != "done"}
     assert broken == {"raises", "dies"}, done.stdout + done.stderr
     assert done.returncode == 1
-    assert "problem: ValueError: broken on purpose" in done.stdout
-    assert "problem: the stage's process ended with status 7" in done.stdout
-    assert {(report["stage"], report["status"]) for report in reports(out)} == set(statuses.items())
 
-
-def test_the_reports_are_few_small_and_say_what_they_are_of(finished) -> None:
-    _, out = finished
     files = list(out.iterdir())
     assert len(files) <= 8 and all(path.suffix == ".json" and path.stat().st_size < 16e6 for path in files)
+    assert {(report["stage"], report["status"]) for report in reports(out)} == set(statuses.items())
     for report in reports(out):
         assert report["torch"] == torch.__version__ and report["tiny"] is True
         assert str(report["command"]).endswith(f"--device cpu --stage {report['stage']} --tiny")
         assert {"commit", "date", "device_name", "tuned_table", "problems"} <= report.keys()
 
-
-def test_the_summary_comes_last_and_tells_of_every_stage(finished) -> None:
-    done, _ = finished
-    sections = re.split(r"^== ", done.stdout, flags=re.MULTILINE)
-    assert sections[0].strip() == ""
-    for name, line in {"ceilings": "TB/s", "kernels": "right", "ops": "x compile", "tuning": "needs CUDA"}.items():
-        assert line in next(section for section in sections if section.startswith(f"{name}:"))
+    nothing_before, *sections = re.split(r"^== ", done.stdout, flags=re.MULTILINE)
+    assert nothing_before.strip() == ""
+    told = {section.partition(":")[0]: section for section in sections}
+    assert "problem: ValueError: broken on purpose" in told["raises"]
+    assert "problem: the stage's process ended with status 7" in told["dies"]
+    for name, words in {"ceilings": "TB/s", "kernels": "right", "ops": "x compile", "tuning": "needs CUDA"}.items():
+        assert words in told[name]
 
 
 @pytest.fixture
 def stage(monkeypatch):
-    """The modules of the stages, which stand beside the program and not in a package."""
+    """The module of the stage, which stands beside the program and not in a package."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import _gpu_stage
     import _gpu_tuning
 
-    return SimpleNamespace(of=_gpu_stage, tuning=_gpu_tuning)
+    return _gpu_tuning
 
 
 class Imaginary:
@@ -134,13 +122,13 @@ def test_tuning_reports_the_table_that_later_stages_use(stage, monkeypatch, tmp_
         key = tuned.key(APPLY, View(1, 99, len(asked), True), torch.bfloat16)
         return tuned.save(name, {key: first if len(asked) == 1 else other})
 
-    monkeypatch.setattr(stage.tuning.tuning, "tune", tune)
+    monkeypatch.setattr(stage.tuning, "tune", tune)
     report = SimpleNamespace(data={}, save=lambda: None)
     run = Imaginary([100.0] * 9 + [1.0])
-    (problem,) = stage.tuning.tune(run, report)
-    assert problem.startswith("time for 3 of 48 shapes") and asked == stage.tuning.tuning.shapes_at(256)[:3]
-    assert report.data["tuned_table"] == stage.tuning.tuned_table(run)
+    (problem,) = stage.tune(run, report)
+    assert problem.startswith("time for 3 of 48 shapes") and asked == stage.tuning.shapes_at(256)[:3]
+    assert report.data["tuned_table"] == stage.tuned_table(run)
     assert report.data["table"] == json.loads(tuned.path_of(name).read_text())
     assert [key.split("/")[3] for key in report.data["changed"]] == ["2", "3"]
-    lines = list(stage.tuning.summary(report.data))
+    lines = list(stage.summary(report.data))
     assert lines[0].startswith("3 of 48 shapes") and lines[1] == "3 entries, 2 of them not the default"
