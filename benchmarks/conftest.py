@@ -143,8 +143,8 @@ def _races() -> dict[Hashable, tuple[dict[str, list[float]], dict[str, Mapping[s
 @pytest.fixture(autouse=True)
 def complete(request: pytest.FixtureRequest) -> Iterator[None]:
     """No result without what it means nothing without."""
-    yield
     facts = request.getfixturevalue("benchmark").extra_info if "race" in request.fixturenames else {}
+    yield
     if facts:
         rates = [rate for rate in RATES if rate <= facts.keys()]
         missing = FACTS - facts.keys()

@@ -54,7 +54,7 @@ class Comparison:
         work: in words.
         conditions: device, threads, versions, commit and malloc mode.
         command: what repeats it.
-        complete: whether every round that was asked for was run.
+        complete: whether it came to its end, by its rounds or by its seconds.
     """
 
     work: str
