@@ -1,8 +1,8 @@
 """What the compiled libraries are made from, and how: data for whoever builds them.
 
 Every file of KERNELS is compiled once per variant, with `-DFUSEDRES_ISA=<variant>` and the variant's flags; those of
-FLOAT_KERNELS likewise, but not for the variant that serves bfloat16 alone; every other file once. All paths are
-relative to the folder `csrc`.
+FLOAT_KERNELS likewise, but not for the variant that serves bfloat16 alone; every other file once. The tile unit's
+variant has the files of TILE_KERNELS alone. All paths are relative to the folder `csrc`.
 """
 
 from __future__ import annotations
@@ -56,14 +56,24 @@ _X86_VARIANTS = {
     "avx512": _AVX512_FLAGS,
     "avx512_bf16": (*_AVX512_FLAGS, "-mavx512bf16"),
 }
+# Its instructions are in assembly; what they don't do, and all other kernels, are avx512_bf16's.
+TILE_KERNELS = ("cpu/conv_act.cpp", "cpu/conv_tiles.cpp")
+TILE_VARIANTS = {"amx": ("-DFUSEDRES_TILES", "-DFUSEDRES_BESIDE_TILES=avx512_bf16", *_X86_VARIANTS["avx512_bf16"])}
 # -O2: without vector instructions unrolling makes the code long and not faster.
-VARIANTS = {"portable": ("-O2",), **(_X86_VARIANTS if platform.machine() in ("x86_64", "AMD64") else {})}
+_IS_X86 = platform.machine() in ("x86_64", "AMD64")
+KERNEL_VARIANTS = {"portable": ("-O2",), **(_X86_VARIANTS if _IS_X86 else {})}
+VARIANTS = (*KERNEL_VARIANTS, *(TILE_VARIANTS if _IS_X86 else {}))
+_COMPILATIONS = (
+    (KERNELS, KERNEL_VARIANTS),
+    (FLOAT_KERNELS, {name: flags for name, flags in KERNEL_VARIANTS.items() if name != "avx512_bf16"}),
+    (TILE_KERNELS, TILE_VARIANTS if _IS_X86 else {}),
+)
 
 PLAIN = ("cpu/arena.cpp", "cpu/conv_pack.cpp", "cpu/facts.cpp", "cpu/isa.cpp")
 
 # These include torch's headers, those of the stable ABI: every library's, and the CPU library's alone.
 BINDINGS = ("bindings/operands.cpp", "bindings/tensors.cpp")
-CPU_BINDINGS = ("bindings/bn_act_pool.cpp", "bindings/conv_act.cpp", "bindings/conv_training.cpp", "bindings/cpu.cpp")
+CPU_BINDINGS = ("bindings/bn_act_pool.cpp", "bindings/conv_training.cpp", "bindings/cpu.cpp")
 
 CUDA_FLAGS = ("-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra")
 
@@ -82,17 +92,23 @@ def operators(namespace: str, key: str) -> Source:
     return Source("bindings/ops.cpp", (f"-DFUSEDRES_NAMESPACE={namespace}", f"-DFUSEDRES_KEY={key}"))
 
 
+def convolutions(namespace: str) -> Source:
+    """The file that registers the convolutions of a CPU library."""
+    return Source("bindings/conv_act.cpp", (f"-DFUSEDRES_NAMESPACE={namespace}",))
+
+
 def _native() -> tuple[Source, ...]:
     kernels = [
         Source(path, (f"-DFUSEDRES_ISA={variant}", *flags), variant)
-        for path in (*KERNELS, *FLOAT_KERNELS)
-        for variant, flags in VARIANTS.items()
-        if not (path in FLOAT_KERNELS and variant == "avx512_bf16")
+        for paths, variants in _COMPILATIONS
+        for path in paths
+        for variant, flags in variants.items()
     ]
     return (
         *kernels,
         *(Source(path) for path in (*PLAIN, *BINDINGS, *CPU_BINDINGS)),
         operators("fusedres_native", "CPU"),
+        convolutions("fusedres_native"),
     )
 
 

@@ -169,7 +169,7 @@ def test_every_instruction_set_equals_the_formula(isa):
 
 def test_an_unknown_instruction_set_is_an_error_with_the_choices():
     run = in_process("sse9", "-c", "import torch, fusedres; fusedres.ops.affine_act(torch.ones(2, 1, 2, 2))")
-    assert "FUSEDRES_CPU_ISA must be one of portable, avx2, avx512, avx512_bf16; got 'sse9'" in run.stderr
+    assert "FUSEDRES_CPU_ISA must be one of portable, avx2, avx512, avx512_bf16, amx; got 'sse9'" in run.stderr
 
 
 def resident_bytes() -> int:

@@ -1,4 +1,4 @@
-// conv_act as operators of the CPU library, which alone has kernels for it.
+// conv_act as operators of the CPU library, which alone has kernels for it: FUSEDRES_NAMESPACE.
 //
 // Weights travel packed, as a tensor of bytes (outputs, inputs, rows, columns, n): its shape tells the
 // window, its values are laid out as csrc/cpu/conv_weights.h says, and n is whatever they need.
@@ -95,7 +95,7 @@ void conv_act_(const Tensor& x, const Tensor& packed, const OptionalTensor& bias
 }  // namespace
 }  // namespace fusedres
 
-STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FUSEDRES_NAMESPACE, CPU, m) {
   m.impl("conv_act_pack", TORCH_BOX(&fusedres::conv_act_pack));
   m.impl("conv_act", TORCH_BOX(&fusedres::conv_act));
   m.impl("conv_act_", TORCH_BOX(&fusedres::conv_act_));

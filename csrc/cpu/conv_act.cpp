@@ -1,7 +1,19 @@
 #include "conv_act.h"
 
+#if defined(FUSEDRES_TILES)
+#include "isa.h"
+#include "tiles.h"
+#endif
+
 namespace fusedres::FUSEDRES_ISA {
 namespace {
+
+#if defined(FUSEDRES_TILES)
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+constexpr int64_t kTileRows = 1, kTileInputs = 1;
+#endif
 
 // Pixels of x whose distance is a multiple of this fall into the same few places of the first-level cache.
 constexpr int64_t kPageBytes = 4096;
@@ -35,10 +47,13 @@ ConvTile<T>::ConvTile(const ConvAct& op, int64_t most_pixels, Arena& arena)
       copied_(reads_copied(op)),
       taps_(weights_.taps()),
       run_(weights_.run()),
+      aligned_(ceil_div(run_, kTileInputs) * kTileInputs),
       pitch_(ceil_div(most_pixels, kRows) * kRows),
       begin_(arena.take<const T*>((taps_ + 1) * pitch_)),
       zeros_(arena.template take<T>(maximum(run_, op.inputs))),
-      copies_(flat_ || copied_ ? arena.template take<T>(taps_ * pitch_ * (run_ + kCopyGap)) : nullptr) {
+      copies_(flat_ || copied_ || kTiles ? arena.template take<T>(taps_ * pitch_ * (aligned_ + kCopyGap))
+                                         : nullptr),
+      widened_(aligned_ > run_ ? arena.template take<T>(taps_ * aligned_ * ConvWeights::kWidth) : nullptr) {
   for (int64_t i = 0; i < maximum(run_, op.inputs); ++i) zeros_[i] = T{};
   for (int64_t i = 0; i < pitch_; ++i) begin_[taps_ * pitch_ + i] = zeros_;
 }
@@ -62,6 +77,38 @@ void ConvTile<T>::place(int64_t pixel, int64_t count) {
   }
   for (int64_t tap = 0; tap < taps_; ++tap)
     for (int64_t i = count; i < ceil_div(count, kRows) * kRows; ++i) begin_[tap * pitch_ + i] = zeros_;
+  if constexpr (kTiles) align_rows();
+}
+
+// Copies those 16 rows of a tap that don't lie at equal distances, and runs that are no whole steps.
+template <class T>
+void ConvTile<T>::align_rows() {
+  auto place = [](const T* p) { return reinterpret_cast<intptr_t>(p); };
+  for (int64_t tap = 0; tap < taps_; ++tap)
+    for (int64_t first = 0; first < ceil_div(count_, kRows) * kRows; first += kTileRows) {
+      const T** const rows = begin_ + tap * pitch_ + first;
+      bool even = aligned_ == run_;
+      for (int64_t i = 2; i < kTileRows; ++i)
+        even &= place(rows[i]) - place(rows[i - 1]) == place(rows[1]) - place(rows[0]);
+      if (even) continue;
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        T* const copy = copies_ + (rows + i - begin_) * (aligned_ + kCopyGap);
+        for (int64_t k = 0; k < aligned_; ++k) copy[k] = k < run_ ? rows[i][k] : T{};
+        rows[i] = copy;
+      }
+    }
+}
+
+// A block's, with zeros for what fills the steps.
+template <class T>
+const T* ConvTile<T>::weights(int64_t group, int64_t block) const {
+  const T* from = static_cast<const T*>(op_.weights) + weights_.direct(group, block);
+  if (aligned_ == run_) return from;
+  const int64_t width = weights_.width(block), packed = weights_.steps() * weights_.step() * width;
+  T* to = widened_;
+  for (int64_t tap = 0; tap < taps_; ++tap, from += packed)
+    for (int64_t k = 0; k < aligned_ * width; ++k) *to++ = k < packed ? from[k] : T{};
+  return widened_;
 }
 
 // The taps of the window that begins in this row and column of an image.
@@ -91,7 +138,7 @@ const T* ConvTile<T>::tap(const T* x_row, int64_t column, int64_t slot) const {
   const bool whole = columns.inside(column) && columns.inside(column + last);
   if (whole && !copied_) return x_row + column * inputs;
   if (!whole && !flat_) return zeros_;
-  T* const copy = copies_ + slot * (run_ + kCopyGap);
+  T* const copy = copies_ + slot * (aligned_ + kCopyGap);
   for (int64_t j = 0; j < across; ++j) {
     const int64_t from = column + j * columns.dilation;
     for (int64_t i = 0; i < inputs; ++i)
@@ -102,9 +149,9 @@ const T* ConvTile<T>::tap(const T* x_row, int64_t column, int64_t slot) const {
 
 template <class T>
 void ConvTile<T>::compute(int64_t group, int64_t block) const {
-  const ConvRows<T> rows{begin_, pitch_, group * (op_.inputs / op_.groups), taps_, run_};
-  conv_block(rows, static_cast<const T*>(op_.weights) + weights_.direct(group, block), weights_.width(block),
-             result_of<T>(op_, pixel_, group, block), count_);
+  const ConvRows<T> rows{begin_, pitch_, group * (op_.inputs / op_.groups), taps_, aligned_};
+  conv_block<T>(rows, weights(group, block), weights_.width(block), result_of<T>(op_, pixel_, group, block),
+                count_);
 }
 
 // Tile by tile of y's pixels, each with all channels: x stays in the second-level cache, and from there or
@@ -125,6 +172,15 @@ void conv_direct(const ConvAct& op) {
   });
 }
 
+#if defined(FUSEDRES_TILES)
+
+void conv_act(const ConvAct& op) {
+  if (op.groups > 1 || op.tile > 1) return FUSEDRES_BESIDE_TILES::conv_act(op);
+  if (op.images > 0) conv_direct<BFloat16>(op);
+}
+
+#else
+
 template <class T>
 void conv_act_of(const ConvAct& op) {
   if (op.tile > 1)
@@ -143,5 +199,7 @@ void conv_act(const ConvAct& op) {
 #endif
   conv_act_of<BFloat16>(op);
 }
+
+#endif
 
 }  // namespace fusedres::FUSEDRES_ISA

@@ -38,6 +38,8 @@ class ConvTile {
   void compute(int64_t group, int64_t block) const;
 
  private:
+  void align_rows();
+  const T* weights(int64_t group, int64_t block) const;
   void place_window(const T* image, int64_t row, int64_t column, const T** to);
   const T* tap(const T* x_row, int64_t column, int64_t slot) const;
 
@@ -46,11 +48,13 @@ class ConvTile {
   const bool flat_;  // a tap is a row of the window, not a value of it
   const bool copied_;
   const int64_t taps_;
-  const int64_t run_;  // of a tap
+  const int64_t run_;      // of a tap
+  const int64_t aligned_;  // the same in whole steps of the unit that multiplies
   const int64_t pitch_;
   const T** begin_;  // (taps, pitch)
   T* zeros_;
-  T* copies_;  // (taps, pitch, run and a little), or null
+  T* copies_;   // (taps, pitch, run and a little), or null
+  T* widened_;  // a block's weights (taps, steps of an aligned run, width, inputs of a step), or null
   int64_t pixel_ = 0;
   int64_t count_ = 0;
 };

@@ -9,7 +9,9 @@ namespace fusedres::FUSEDRES_ISA {
 
 // Rows are taken this many at a time, so that their sums fill the registers; a table of rows is filled up to
 // a multiple of it.
-#if defined(__AVX512F__)
+#if defined(FUSEDRES_TILES)
+constexpr int kRows = 32;
+#elif defined(__AVX512F__)
 constexpr int kRows = 12;
 #elif defined(__AVX2__)
 constexpr int kRows = 6;
@@ -38,8 +40,9 @@ struct ConvResult {
   Act act;
 };
 
-// y[r] for `count` rows. A row's sums are the same bits whatever its neighbours are.
-// `weights` (taps, steps, width, inputs of a step), from cache as often as there are kRows rows.
+// y[r] for `count` rows. A row's sums are the same bits whatever its neighbours are. The tile unit takes 16
+// rows from 0, 16, ... on at equal distances, and runs of whole tiles. `weights` (taps, steps, width, inputs
+// of a step), from cache as often as there are kRows rows.
 template <class T>
 void conv_block(const ConvRows<T>& rows, const T* weights, int64_t width, const ConvResult<T>& to,
                 int64_t count);

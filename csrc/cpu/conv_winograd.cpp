@@ -74,14 +74,16 @@ class Patch {
   void place(int64_t first, int64_t count) {
     first_ = first;
     count_ = count;
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < count; ++i) {
+      const Window window = window_of(tiles_.place(first + i));
       for (int64_t channel = 0; channel < op_.inputs; channel += kLanes) {
         float* const to = transformed_ + i * inputs_ + channel;
         if (channel + kLanes <= op_.inputs)
-          transform(tiles_.place(first + i), channel, to, AllLanes{});
+          transform(window, channel, to, AllLanes{});
         else
-          transform(tiles_.place(first + i), channel, to, FirstLanes{static_cast<int>(op_.inputs - channel)});
+          transform(window, channel, to, FirstLanes{static_cast<int>(op_.inputs - channel)});
       }
+    }
   }
 
   // y's block of channels.
@@ -97,21 +99,34 @@ class Patch {
   }
 
  private:
-  template <class Lanes>
-  void transform(typename Tiles::Place at, int64_t channel, float* to, Lanes lanes) const {
+  // Where the pixels that a tile is made of lie: null beyond the border.
+  struct Window {
+    const T* pixels[kSide][kSide];
+  };
+
+  Window window_of(typename Tiles::Place at) const {
     const ConvAxis &rows = op_.rows, &columns = op_.columns;
+    Window window;
+    for (int i = 0; i < kSide; ++i)
+      for (int j = 0; j < kSide; ++j) {
+        const int64_t row = rows.place(at.row, i), column = columns.place(at.column, j);
+        const T* const x = static_cast<const T*>(op_.x);
+        window.pixels[i][j] = rows.inside(row) && columns.inside(column)
+                                  ? x + ((at.image * rows.size + row) * columns.size + column) * op_.inputs
+                                  : nullptr;
+      }
+    return window;
+  }
+
+  template <class Lanes>
+  void transform(const Window& window, int64_t channel, float* to, Lanes lanes) const {
     Vec<float> half[kSide][kSide];  // (point, column)
     for (int j = 0; j < kSide; ++j) {
-      const int64_t column = columns.place(at.column, j);
       Vec<float> d[kSide], t[kSide];
 #pragma GCC unroll 6
       for (int i = 0; i < kSide; ++i) {
-        const int64_t row = rows.place(at.row, i);
-        d[i] = Vec<float>{};
-        if (rows.inside(row) && columns.inside(column))
-          d[i] = load(static_cast<const T*>(op_.x) +
-                          ((at.image * rows.size + row) * columns.size + column) * op_.inputs + channel,
-                      lanes);
+        const T* const pixel = window.pixels[i][j];
+        d[i] = pixel ? load(pixel + channel, lanes) : Vec<float>{};
       }
       W::input(d, t);
 #pragma GCC unroll 6
@@ -134,15 +149,16 @@ class Patch {
     const int64_t pixel = (at.image * op_.rows.outputs + at.row) * op_.columns.outputs + at.column;
     const ConvResult<T> to = result_of<T>(op_, pixel, 0, block);
     Vec<float> y[kWidth / kLanes][kTile][kTile];
-    Vec<float> differences{};  // NaN where a value is not finite
+    const Vec<float> zero{};
+    Vec<float> infinities{};  // NaN where a value is not finite
     for (int64_t channel = 0; channel < to.channels; channel += kLanes) {
       auto& of = y[channel / kLanes];
       inverse(products_ + i * kWidth + channel, of);
       for (int row = 0; row < kTile; ++row)
         for (int column = 0; column < kTile; ++column)
-          differences = differences + (of[row][column] - of[row][column]);
+          infinities = multiply_add(of[row][column], zero, infinities);
     }
-    if (bits_above(differences, 0.0f)) return compute_again(pixel, rows, columns, block);
+    if (bits_above(infinities, 0.0f)) return compute_again(pixel, rows, columns, block);
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t column = 0; column < columns; ++column)
         for (int64_t channel = 0; channel < to.channels; channel += kLanes) {

@@ -1,5 +1,11 @@
 #include "isa.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -7,17 +13,33 @@
 namespace fusedres {
 namespace {
 
-#define FUSEDRES_VARIANT(isa, training, supported, serves) \
-  {#isa,                                                   \
-   supported,                                              \
-   serves,                                                 \
-   isa::affine_act_forward,                                \
-   isa::affine_act_backward,                               \
-   isa::bn_act_forward,                                    \
-   isa::bn_act_backward,                                   \
-   isa::bn_act_pool_forward,                               \
-   isa::bn_act_pool_backward,                              \
-   isa::conv_act,                                          \
+// Whether there is a tile unit for bfloat16 and the system lets this process use it: to be asked for, once.
+bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool permitted = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBFloat16) && (edx & kTiles) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return permitted;
+#else
+  return false;
+#endif
+}
+
+#define FUSEDRES_VARIANT(name, isa, conv_act, training, supported, serves) \
+  {name,                                                                   \
+   supported,                                                              \
+   serves,                                                                 \
+   isa::affine_act_forward,                                                \
+   isa::affine_act_backward,                                               \
+   isa::bn_act_forward,                                                    \
+   isa::bn_act_backward,                                                   \
+   isa::bn_act_pool_forward,                                               \
+   isa::bn_act_pool_backward,                                              \
+   conv_act,                                                               \
    training(isa)}
 
 #define FUSEDRES_TRAINING(isa) isa::conv_repack, isa::conv_dweight
@@ -25,25 +47,30 @@ namespace {
 
 const Variant kVariants[] = {
     FUSEDRES_VARIANT(
-        portable, FUSEDRES_TRAINING, [] { return true; }, [](DType) { return true; }),
+        "portable", portable, portable::conv_act, FUSEDRES_TRAINING, [] { return true; },
+        [](DType) { return true; }),
 #if defined(__x86_64__)
     FUSEDRES_VARIANT(
-        avx2, FUSEDRES_TRAINING,
+        "avx2", avx2, avx2::conv_act, FUSEDRES_TRAINING,
         [] {
           return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                  __builtin_cpu_supports("f16c");
         },
         [](DType dtype) { return dtype != DType::kFloat64; }),
     FUSEDRES_VARIANT(
-        avx512, FUSEDRES_TRAINING,
+        "avx512", avx512, avx512::conv_act, FUSEDRES_TRAINING,
         [] {
           return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
         },
         [](DType dtype) { return dtype != DType::kFloat64; }),
     FUSEDRES_VARIANT(
-        avx512_bf16, FUSEDRES_NO_TRAINING,
+        "avx512_bf16", avx512_bf16, avx512_bf16::conv_act, FUSEDRES_NO_TRAINING,
         [] { return kVariants[2].supported() && __builtin_cpu_supports("avx512bf16"); },
+        [](DType dtype) { return dtype == DType::kBFloat16; }),
+    FUSEDRES_VARIANT(
+        "amx", avx512_bf16, amx::conv_act, FUSEDRES_NO_TRAINING,
+        [] { return kVariants[3].supported() && has_tiles(); },
         [](DType dtype) { return dtype == DType::kBFloat16; }),
 #endif
 };
@@ -71,7 +98,7 @@ Variants variants() { return {kVariants, kCount}; }
 const Variant& variant_for(DType dtype) {
   static const int cap = find_cap();
   int i = cap;
-  while (!kVariants[i].supported() || !kVariants[i].serves(dtype)) --i;
+  while (!kVariants[i].serves(dtype) || !kVariants[i].supported()) --i;
   return kVariants[i];
 }
 

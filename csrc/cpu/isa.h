@@ -25,11 +25,16 @@ FUSEDRES_DECLARE_VARIANT(avx512_bf16)
 #endif
 #undef FUSEDRES_DECLARE_VARIANT
 
+// The tile unit has convolutions alone.
+namespace fusedres::amx {
+void conv_act(const ConvAct& op);
+}
+
 namespace fusedres {
 
 struct Variant {
   const char* name;
-  bool (*supported)();          // by this machine
+  bool (*supported)();          // by this machine, and permitted by its system
   bool (*serves)(DType dtype);  // was compiled for it
   void (*affine_act_forward)(const AffineActForward& op);
   void (*affine_act_backward)(const AffineActBackward& op);

@@ -5,8 +5,8 @@
     conv_act_(x, packed, bias, residual, ...): y written over the residual
 
 float32 or bfloat16 in channels_last, the bias always in float32; sums are in float32 and rounded once. A tile of 1 is
-the direct form; of 2 or 4, for 3x3 windows of stride 1, Winograd's in float32, which computes that many rows and columns
-of y at once with 2.25 or 4 times fewer products.
+the direct form; of 2 or 4, for 3x3 windows of stride 1, Winograd's in float32, which computes that many rows and
+columns of y at once with 2.25 or 4 times fewer products.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ _TRANSFORM = 8
 _READ = 10
 
 _WINDOWS = "int[2] stride, int[2] padding, int[2] dilation, int groups, int act"
+SCHEMAS = (
+    "conv_act_pack(Tensor weight, int groups, int tile) -> Tensor",
+    f"conv_act(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, {_WINDOWS}) -> Tensor",
+    f"conv_act_(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) residual, {_WINDOWS}) -> ()",
+)
 _LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
-_LIBRARY.define("conv_act_pack(Tensor weight, int groups, int tile) -> Tensor")
-_LIBRARY.define(f"conv_act(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, {_WINDOWS}) -> Tensor")
-_LIBRARY.define(f"conv_act_(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) residual, {_WINDOWS}) -> ()")
+for _schema in SCHEMAS:
+    _LIBRARY.define(_schema)
 
 
 def _fake_pack(weight: Tensor, groups: int, tile: int) -> Tensor:
@@ -119,7 +123,7 @@ def _winograd_is_on() -> bool:
 
 
 # What the instruction set's products of bfloat16 are to those of fp32; 1 where they are widened.
-_SPEEDS = {"avx512_bf16": 2.0}
+_SPEEDS = {"avx512_bf16": 2.0, "amx": 16.0}
 
 
 def _speed(dtype: torch.dtype) -> float:

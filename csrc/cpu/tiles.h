@@ -1,0 +1,96 @@
+// The tile unit (AMX): eight registers of 16 rows of 64 bytes, and the product of two of them.
+//
+// A tile of x is 16 rows of 32 bfloat16; of weights 16 pairs of inputs, each of 16 outputs; of sums 16 rows
+// of 16 float32. In assembly, so that any compiler takes it; with FUSEDRES_EMULATED_TILES in plain C++, for
+// tests on machines that have no such unit.
+#pragma once
+
+#include "simd.h"
+
+namespace fusedres::FUSEDRES_ISA {
+
+constexpr int64_t kTileRows = 16, kTileInputs = 32;
+
+#if defined(FUSEDRES_EMULATED_TILES)
+
+struct Tile {
+  unsigned char bytes[kTileRows][64];
+};
+inline thread_local Tile tiles[8];
+
+template <int kTile>
+void tile_zero() {
+  __builtin_memset(&tiles[kTile], 0, sizeof(Tile));
+}
+template <int kTile>
+void tile_load(const void* from, int64_t stride_bytes) {
+  for (int64_t row = 0; row < kTileRows; ++row)
+    __builtin_memcpy(tiles[kTile].bytes[row], static_cast<const char*>(from) + row * stride_bytes, 64);
+}
+template <int kTile>
+void tile_store(void* to, int64_t stride_bytes) {
+  for (int64_t row = 0; row < kTileRows; ++row)
+    __builtin_memcpy(static_cast<char*>(to) + row * stride_bytes, tiles[kTile].bytes[row], 64);
+}
+// sums += rows * weights
+template <int kSums, int kRowsOfX, int kWeights>
+void tile_product() {
+  auto half = [](const Tile& tile, int64_t row, int64_t i) {
+    uint16_t bits;
+    __builtin_memcpy(&bits, &tile.bytes[row][2 * i], sizeof bits);
+    const uint32_t word = uint32_t{bits} << 16;
+    float value;
+    __builtin_memcpy(&value, &word, sizeof value);
+    return value;
+  };
+  for (int64_t row = 0; row < kTileRows; ++row)
+    for (int64_t output = 0; output < 16; ++output) {
+      float sum;
+      __builtin_memcpy(&sum, &tiles[kSums].bytes[row][4 * output], sizeof sum);
+      for (int64_t k = 0; k < kTileInputs; ++k)
+        sum += half(tiles[kRowsOfX], row, k) * half(tiles[kWeights], k / 2, 2 * output + k % 2);
+      __builtin_memcpy(&tiles[kSums].bytes[row][4 * output], &sum, sizeof sum);
+    }
+}
+// What the registers held is lost.
+inline void tile_configure() { __builtin_memset(tiles, 0xff, sizeof tiles); }
+inline void tile_release() { __builtin_memset(tiles, 0xff, sizeof tiles); }
+
+#else
+
+template <int kTile>
+FUSEDRES_INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+}
+template <int kTile>
+FUSEDRES_INLINE void tile_load(const void* from, int64_t stride_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(kTile) : "memory");
+}
+template <int kTile>
+FUSEDRES_INLINE void tile_store(void* to, int64_t stride_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride_bytes), "i"(kTile) : "memory");
+}
+// sums += rows * weights
+template <int kSums, int kRowsOfX, int kWeights>
+FUSEDRES_INLINE void tile_product() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kRowsOfX), "i"(kWeights));
+}
+
+struct alignas(64) TileConfiguration {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {kTileRows, kTileRows, kTileRows, kTileRows, kTileRows, kTileRows, kTileRows, kTileRows};
+};
+static_assert(sizeof(TileConfiguration) == 64);
+
+FUSEDRES_INLINE void tile_configure() {
+  const TileConfiguration configuration;
+  asm volatile("ldtilecfg %0" ::"m"(configuration));
+}
+FUSEDRES_INLINE void tile_release() { asm volatile("tilerelease"); }
+
+#endif
+
+}  // namespace fusedres::FUSEDRES_ISA
