@@ -21,7 +21,7 @@ ConvWeights shape_of(DType dtype, const Tensor& weight, int64_t groups, int64_t 
 // The tile that weights were packed for: a larger one takes more room.
 int64_t tile_of(DType dtype, const Tensor& packed, int64_t groups) {
   STD_TORCH_CHECK(packed.dim() == 5, "conv_act: the weight must come from conv_act_pack");
-  for (int64_t tile : {1, 2, 4})
+  for (int64_t tile : {1, 2, 4, 7})
     if (shape_of(dtype, packed, groups, tile).room() == packed.size(4)) return tile;
   STD_TORCH_CHECK(false, "conv_act: the weight was packed for other groups or another dtype");
 }

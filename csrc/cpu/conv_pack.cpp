@@ -72,6 +72,7 @@ struct Packing {
           for (int column = 0; column < kSide; ++column) w[row][column] = widen(value(0, o, i, row, column));
         if (shape.tile == 2) transform<2>(w, transformed);
         if (shape.tile == 4) transform<4>(w, transformed);
+        if (shape.tile == 7) transform<7>(w, transformed);
         for (int64_t point = 0; point < shape.side() * shape.side(); ++point)
           to[shape.winograd(point, block) + i * shape.width(block) + lane] =
               static_cast<float>(transformed[point]);

@@ -123,19 +123,19 @@ class Patch {
     Vec<float> half[kSide][kSide];  // (point, column)
     for (int j = 0; j < kSide; ++j) {
       Vec<float> d[kSide], t[kSide];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
       for (int i = 0; i < kSide; ++i) {
         const T* const pixel = window.pixels[i][j];
         d[i] = pixel ? load(pixel + channel, lanes) : Vec<float>{};
       }
       W::input(d, t);
-#pragma GCC unroll 6
+#pragma GCC unroll 9
       for (int i = 0; i < kSide; ++i) half[i][j] = t[i];
     }
     for (int i = 0; i < kSide; ++i) {
       Vec<float> t[kSide];
       W::input(half[i], t);
-#pragma GCC unroll 6
+#pragma GCC unroll 9
       for (int j = 0; j < kSide; ++j) store(to + (i * kSide + j) * point_, t[j]);
     }
   }
@@ -183,10 +183,10 @@ class Patch {
     Vec<float> half[kTile][kSide];
     for (int j = 0; j < kSide; ++j) {
       Vec<float> m[kSide], t[kTile];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
       for (int i = 0; i < kSide; ++i) m[i] = load(from + (i * kSide + j) * product_, AllLanes{});
       W::output(m, t);
-#pragma GCC unroll 6
+#pragma GCC unroll 9
       for (int i = 0; i < kTile; ++i) half[i][j] = t[i];
     }
     for (int i = 0; i < kTile; ++i) W::output(half[i], y[i]);
@@ -238,8 +238,10 @@ template <class T>
 void conv_winograd(const ConvAct& op) {
   if (op.tile == 2)
     winograd<T, 2>(op);
-  else
+  else if (op.tile == 4)
     winograd<T, 4>(op);
+  else
+    winograd<T, 7>(op);
 }
 
 #if !defined(__AVX512BF16__)
