@@ -38,7 +38,7 @@ LAYERS = (
     {"native_sources"},
     {"build"},
     {"nvcc", "target"},
-    {"compiler"},
+    {"compiler", "tables"},
     {"cache"},
     {"epilogue", "_version"},
 )

@@ -1,0 +1,79 @@
+"""Tables of what was measured on a device, kept in the user's cache: one JSON file each, replaced whole.
+
+A table is used only as it was written: under the header that its reader expects, with entries that its reader accepts,
+and undamaged. Any other is ignored, with one warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusedres import cache
+
+
+class Unusable(Exception):  # noqa: N818  it is a verdict
+    """Why a table is not used."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One file of the cache.
+
+    Args:
+        device: what it was measured on; the file bears the name.
+        header: what holds for every entry, such as versions.
+        what, remedy: words for the warning.
+    """
+
+    device: str
+    header: Mapping[str, object]
+    what: str
+    remedy: str
+
+    @property
+    def path(self) -> Path:
+        return cache.table(cache.location(), self.device)
+
+    def load(self, accept: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The entries as `accept` returns them, which raises where they are wrong; none where there is no such file."""
+        try:
+            return accept(self._entries(self.path.read_bytes()))
+        except FileNotFoundError:
+            return {}
+        except Exception as error:
+            reason = error if isinstance(error, Unusable) else f"it can't be read ({type(error).__name__})"
+            warnings.warn(f"the {self.what} in {self.path} are ignored, because {reason}; {self.remedy}", stacklevel=3)
+            return {}
+
+    def save(self, entries: Mapping[str, object]) -> Path:
+        """Replace the file."""
+        path = self.path
+        body = {"header": dict(self.header), "entries": dict(entries)}
+        with cache.temporary(cache.open_private(path.parent)) as folder:
+            written = folder / path.name
+            written.write_text(json.dumps({**body, "sha256": _digest(body)}, indent=1, sort_keys=True) + "\n")
+            os.replace(written, path)
+        return path
+
+    def _entries(self, text: bytes) -> Mapping[str, Any]:
+        data = json.loads(text)
+        if data.keys() != {"header", "entries", "sha256"}:
+            raise Unusable("it is no table")
+        body = {"header": data["header"], "entries": data["entries"]}
+        if data["sha256"] != _digest(body):
+            raise Unusable("it is damaged: its digest differs from its contents'")
+        for name, expected in self.header.items():
+            if body["header"].get(name) != expected:
+                raise Unusable(f"its {name} is {body['header'].get(name)!r} and not {expected!r}")
+        return body["entries"]
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
