@@ -80,9 +80,11 @@ class Recorder:
         finally:
             self._block = outer
 
-    def add(self, request: Request) -> None:
-        found = _convolving(request) if request.op == "conv" else _first(request)
-        self.choices.append(Choice(self._block, request.op, found.name, objections(request)))
+    def add(self, request: Request, chosen: Backend | None = None, measured: str | None = None) -> None:
+        """Note who serves a request: the first without an objection, or whom measured times name."""
+        found = chosen or (_convolving(request) if request.op == "conv" else _first(request))
+        reasons = objections(request) | ({} if measured is None else {"measured": measured})
+        self.choices.append(Choice(self._block, request.op, found.name, reasons))
 
 
 recorder: Recorder | None = None

@@ -5,6 +5,7 @@ Nothing else needs it: without pybind11 the facts are None.
 
 from __future__ import annotations
 
+import platform
 import sysconfig
 from importlib.machinery import ExtensionFileLoader
 from importlib.metadata import PackageNotFoundError, version
@@ -38,6 +39,14 @@ def _find() -> Compiler:
 
 
 HOST = Target("fusedres_host", CSRC, (Source("bindings/host.cpp"),), COMMON_FLAGS, links_torch=False, find=_find)
+
+
+def cpu_name() -> str:
+    """The processor's own name for itself, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def facts() -> dict[str, Any]:

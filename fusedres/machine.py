@@ -22,7 +22,7 @@ import torch
 from fusedres import build, cache, dispatch, testing
 from fusedres._version import __version__
 from fusedres.backends import Request, Statistics
-from fusedres.host import HOST
+from fusedres.host import HOST, cpu_name
 from fusedres.native_sources import CUDA, NATIVE, VARIANTS
 
 TARGETS = (NATIVE, CUDA, HOST)
@@ -60,14 +60,6 @@ def conditions(device: torch.device | None = None) -> dict[str, object]:
         "malloc": malloc_mode(),
         "python": platform.python_version(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's own name for itself, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def commit() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ class Line:
         step: what runs as one operation, such as "layer1.0.conv3+bn3+add+relu".
         backend: who computes a convolution; "plain" where modules and functions are called as they are.
         in_place: whether the result is written over the residual.
-        reason: why it is plain, where one would expect better.
+        reason: why it is plain, where one would expect better; of a convolution, the times that its backend was
+            chosen by.
     """
 
     module: str
@@ -37,9 +38,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Optimization:
-    """What optimize did, step by step; printing it gives a table."""
+    """What optimize did, step by step; printing it gives a table.
+
+    Args:
+        arena_bytes: what intermediate results take, where an example was given; so much again for every further thread
+            that calls the model at the same time.
+    """
 
     lines: tuple[Line, ...]
+    arena_bytes: int | None = None
 
     @property
     def convolutions(self) -> tuple[Line, ...]:
@@ -63,7 +70,8 @@ class Optimization:
         cells += [(line.module or "(model)", line.backend, _words(line)) for line in self.lines]
         widths = [max(len(row[column]) for row in cells) for column in range(2)]
         rows = [f"{module:{widths[0]}}  {backend:{widths[1]}}  {step}" for module, backend, step in cells]
-        return "\n".join([*rows, f"{len(self.convolutions)} convolutions, {len(self.plain)} plain steps"])
+        arena = f", {self.arena_bytes / 2**20:.1f} MiB for what lies between them" if self.arena_bytes else ""
+        return "\n".join([*rows, f"{len(self.convolutions)} convolutions, {len(self.plain)} plain steps{arena}"])
 
 
 def _words(line: Line) -> str:
@@ -78,13 +86,18 @@ def optimize(model: nn.Module, *, example: Tensor | None = None) -> Optimization
     once, residuals added and activated in the convolution, written in place where nobody else holds them. In training,
     with gradients, under torch.compile and while it is exported or traced, its own forward runs as before.
 
-    The plan is made at the first call. Every call looks whether a parameter, buffer, child, hook or setting is another
-    than then, and if so makes it anew; what is written through a parameter's `.data` can't be seen. Where a forward is
-    no provable chain, the chains and blocks in it are optimized by themselves.
+    With an example, every convolution is timed for its sizes on every backend that can compute it, and the fastest
+    taken; that takes seconds, once, since the times are kept for later processes. Without one, and for other sizes,
+    kept times are used where there are any. FUSEDRES_TUNE=0 or deterministic algorithms leave the choice to a rule.
+
+    The plan is made at the first call. Intermediate results lie in memory of the plan's own, one piece for each thread
+    at a time, until unoptimize; the output never does. Every call looks whether a parameter, buffer, child, hook or
+    setting is another than then, and if so makes the plan anew; what is written through a parameter's `.data` can't be
+    seen. Where a forward is no provable chain, the chains and blocks in it are optimized by themselves.
 
     Args:
         model: plain or fused, in eval mode.
-        example: an input to make the plan with now instead of at the first call.
+        example: an input of the sizes to be served, to make the plan with now instead of at the first call.
 
     >>> import fusedres
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
@@ -96,20 +109,25 @@ def optimize(model: nn.Module, *, example: Tensor | None = None) -> Optimization
     if model.training:
         raise ValueError("optimize takes a model in eval mode, and this one is in training; call model.eval() first")
     walk = _Walk(model)
-    lines = tuple(walk.lines())
+    lines = list(walk.lines())
     before = [module for module in walk.found if not isinstance(module, swap.Optimized)]
     for module in walk.found:
         inference.forget(module)
         swap.optimize(module, inference.serve)
     if example is not None:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), inference.measuring():
                 model(example)
         except BaseException:  # Ctrl-C too leaves the model as it was; nothing is swallowed
             for module in before:
                 _restore(module)
             raise
-    return Optimization(lines)
+    plans = {module: plan for module in walk.found if (plan := inference.latest(module)) is not None}
+    for index, (module, step) in walk.origins.items():
+        choice = plans[module].choices[step] if module in plans else None
+        if choice is not None:
+            lines[index] = replace(lines[index], backend=choice.candidate.backend.name, reason=choice.reason)
+    return Optimization(tuple(lines), sum(plan.bytes for plan in plans.values()) if plans else None)
 
 
 def unoptimize(model: nn.Module) -> None:
@@ -132,12 +150,16 @@ class _Walk:
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
         self.found: list[nn.Module] = []
+        self.origins: dict[int, tuple[nn.Module, int]] = {}  # by line, the module and the number of its step
 
     def lines(self) -> Iterator[Line]:
-        yield from self._visit(self._model)
+        for number, (line, origin) in enumerate(self._visit(self._model)):
+            if origin is not None:
+                self.origins[number] = origin
+            yield line
 
-    def _visit(self, module: nn.Module, told: bool = False) -> Iterator[Line]:
-        """The lines of a module; `told` says that a line has its reason already."""
+    def _visit(self, module: nn.Module, told: bool = False) -> Iterator[tuple[Line, tuple[nn.Module, int] | None]]:
+        """The lines of a module and where they come from; `told` says that a line has its reason already."""
         cls = swap.class_of(module)
         if not any(isinstance(child, nn.Conv2d) for child in module.modules()):
             return
@@ -149,19 +171,19 @@ class _Walk:
             if flat is not None and isinstance(flat.steps[0].operation, Plain):
                 reason = flat.steps[0].operation.reason
             if not told:
-                yield Line(self._names[module], "as it is", "plain", reason=reason)
+                yield Line(self._names[module], "as it is", "plain", reason=reason), None
             if eligibility.barrier(module) is None:
                 for child in module.children():
                     yield from self._visit(child)
             return
         self.found.append(module)
         mode = _mode(module)
-        for step in flat.steps:
+        for number, step in enumerate(flat.steps):
             operation = step.operation
             backend = backend_of(operation, mode)
             reason = operation.reason if isinstance(operation, Plain) else None
             name = "plain" if backend is None else backend.name
-            yield Line(self._names[module], self._step(operation), name, step.in_place, reason)
+            yield Line(self._names[module], self._step(operation), name, step.in_place, reason), (module, number)
             if isinstance(operation, Plain) and isinstance(operation.target, nn.Module):
                 yield from self._visit(operation.target, told=True)
 

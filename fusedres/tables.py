@@ -33,7 +33,7 @@ class Table:
     """
 
     device: str
-    header: Mapping[str, object]
+    header: tuple[tuple[str, object], ...]
     what: str
     remedy: str
 
@@ -45,7 +45,7 @@ class Table:
         """The entries as `accept` returns them, which raises where they are wrong; none where there is no such file."""
         try:
             return accept(self._entries(self.path.read_bytes()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except Exception as error:
             reason = error if isinstance(error, Unusable) else f"it can't be read ({type(error).__name__})"
@@ -69,7 +69,7 @@ class Table:
         body = {"header": data["header"], "entries": data["entries"]}
         if data["sha256"] != _digest(body):
             raise Unusable("it is damaged: its digest differs from its contents'")
-        for name, expected in self.header.items():
+        for name, expected in self.header:
             if body["header"].get(name) != expected:
                 raise Unusable(f"its {name} is {body['header'].get(name)!r} and not {expected!r}")
         return body["entries"]

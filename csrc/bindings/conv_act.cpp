@@ -92,6 +92,19 @@ void conv_act_(const Tensor& x, const Tensor& packed, const OptionalTensor& bias
   run_conv_act(x, packed, bias, &residual, residual, {stride, padding, dilation}, groups, act);
 }
 
+void conv_act_out(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
+                  const OptionalTensor& residual, const std::vector<int64_t>& stride,
+                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+                  int64_t act, const Tensor& y) {
+  const Windows windows{stride, padding, dilation};
+  require_channels_last(y, "y");
+  STD_TORCH_CHECK(dtype_of(y) == dtype_of(x) && y.size(0) == x.size(0) && y.size(1) == packed.size(0) &&
+                      y.size(2) == windows.axis(x, packed, 0).outputs &&
+                      y.size(3) == windows.axis(x, packed, 1).outputs,
+                  "conv_act: y must have the sizes and the dtype of the result");
+  run_conv_act(x, packed, bias, residual ? &*residual : nullptr, y, windows, groups, act);
+}
+
 }  // namespace
 }  // namespace fusedres
 
@@ -99,4 +112,5 @@ STABLE_TORCH_LIBRARY_IMPL(FUSEDRES_NAMESPACE, CPU, m) {
   m.impl("conv_act_pack", TORCH_BOX(&fusedres::conv_act_pack));
   m.impl("conv_act", TORCH_BOX(&fusedres::conv_act));
   m.impl("conv_act_", TORCH_BOX(&fusedres::conv_act_));
+  m.impl("conv_act_out", TORCH_BOX(&fusedres::conv_act_out));
 }

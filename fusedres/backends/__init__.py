@@ -120,19 +120,28 @@ class Request(NamedTuple):
     geometry: Geometry | None = None
 
 
+Pack = Callable[[Filter, Geometry, Sequence[int], bool], Filter]
+
+
 @dataclass(frozen=True)
 class Convolution:
-    """How a backend computes conv_act, in two functions.
+    """How a backend computes conv_act.
 
     Args:
         pack: (filter, geometry, x's sizes, whether a residual is added) -> the filter as `run` takes it best. Its bias
             may come in a wider dtype than its weight. The sizes are a hint: the result serves inputs of any size.
         run: (x, filter, residual, geometry, act, in_place) -> y. The filter is packed, or all in x's dtype; in_place
             says that the residual's memory may become y's.
+        forms: (the weight's shape, geometry, x's sizes, dtype) -> the ways to pack by name, the one that `pack` takes
+            first; without it there is one way.
+        prepare: (x, packed filter, residual, geometry, act, y) -> a call that computes y from what then lies in x and
+            the residual, which may be y.
     """
 
-    pack: Callable[[Filter, Geometry, Sequence[int], bool], Filter]
+    pack: Pack
     run: Callable[[Tensor, Filter, Tensor | None, Geometry, Activation, bool], Tensor]
+    forms: Callable[[Sequence[int], Geometry, Sequence[int], torch.dtype], Mapping[str, Pack]] | None = None
+    prepare: Callable[[Tensor, Filter, Tensor | None, Geometry, Activation, Tensor], Callable[[], object]] | None = None
 
 
 @dataclass(frozen=True)

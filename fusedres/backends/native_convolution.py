@@ -3,6 +3,7 @@
     conv_act_pack(weight, groups, tile) -> its bytes in the kernels' order, (outputs, inputs, rows, columns, n)
     conv_act(x, packed, bias, residual, ...) -> y = act(conv(x, weight) + bias + residual)
     conv_act_(x, packed, bias, residual, ...): y written over the residual
+    conv_act_out(x, packed, bias, residual, ..., y): y written into memory that is there
 
 float32 or bfloat16 in channels_last, the bias always in float32; sums are in float32 and rounded once. A tile of 1 is
 the direct form; of 2, 4 or 7, for 3x3 windows of stride 1, Winograd's in float32, which computes that many rows
@@ -13,15 +14,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fusedres import build
-from fusedres.backends import Convolution, Filter, Geometry, Request
+from fusedres.backends import Convolution, Filter, Geometry, Pack, Request
 from fusedres.epilogue import Activation
 from fusedres.native_sources import NATIVE
 
@@ -40,6 +41,7 @@ SCHEMAS = (
     "conv_act_pack(Tensor weight, int groups, int tile) -> Tensor",
     f"conv_act(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, {_WINDOWS}) -> Tensor",
     f"conv_act_(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) residual, {_WINDOWS}) -> ()",
+    f"conv_act_out(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, {_WINDOWS}, Tensor(a!) y) -> ()",
 )
 _LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
 for _schema in SCHEMAS:
@@ -85,6 +87,7 @@ for _name, _fake in (
     ("conv_act_pack", _fake_pack),
     ("conv_act", _fake_conv_act),
     ("conv_act_", _fake_conv_act_in_place),
+    ("conv_act_out", _fake_conv_act_in_place),
 ):
     torch.library.register_fake(f"fusedres_native::{_name}", _fake, lib=_LIBRARY)
 
@@ -120,8 +123,12 @@ def winograd_tile(
             return 9 * (tiles + read) / speed
         return (tile + 2) ** 2 * (tiles * (1 + _TRANSFORMS[tile] * (1 / inputs + 1 / outputs)) + read)
 
-    best = min((2, 4) if dtype is torch.float32 else (2, 4, 7), key=work)
+    best = min(_tiles(dtype), key=work)
     return best if work(best) <= 0.8 * work(1) else 1
+
+
+def _tiles(dtype: torch.dtype) -> tuple[int, ...]:
+    return (2, 4) if dtype is torch.float32 else (2, 4, 7)
 
 
 def _winograd_is_on() -> bool:
@@ -141,14 +148,29 @@ def _instruction_set(dtype: torch.dtype) -> str:
     return variant(_DTYPES[dtype]).decode()
 
 
+def forms(weight: Sequence[int], geometry: Geometry, sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Pack]:
+    """The direct form, and Winograd's where there is one; first the one that winograd_tile names."""
+    outputs, inputs, *kernel = weight
+    tiles: Iterable[int] = (1,)
+    if geometry == Geometry(padding=geometry.padding) and kernel == [3, 3] and _winograd_is_on():
+        height, width = geometry.output_size((3, 3), sizes[2], sizes[3])
+        rule = winograd_tile(inputs, outputs, sizes[0], height, width, dtype)
+        tiles = dict.fromkeys((rule, 1, *_tiles(dtype)))
+    return {_form(tile): partial(_pack_for, tile) for tile in tiles}
+
+
+def _form(tile: int) -> str:
+    return "direct" if tile == 1 else f"winograd {tile}"
+
+
 def pack(taps: Filter, geometry: Geometry, sizes: Sequence[int], joins: bool) -> Filter:
     """The weight in the kernels' order, with Winograd's beside it where the sizes make that worth while."""
+    by_rule = next(iter(forms(taps.weight.shape, geometry, sizes, taps.weight.dtype).values()))
+    return by_rule(taps, geometry, sizes, joins)
+
+
+def _pack_for(tile: int, taps: Filter, geometry: Geometry, sizes: Sequence[int], joins: bool) -> Filter:
     weight, bias = taps
-    outputs, inputs, *kernel = weight.shape
-    tile = 1
-    if geometry == Geometry(padding=geometry.padding) and kernel == [3, 3]:
-        height, width = geometry.output_size((3, 3), sizes[2], sizes[3])
-        tile = winograd_tile(inputs, outputs, sizes[0], height, width, weight.dtype)
     packed = torch.ops.fusedres_native.conv_act_pack(weight, geometry.groups, tile)
     return Filter(packed, None if bias is None else bias.float().contiguous())
 
@@ -169,7 +191,17 @@ def run(
     return residual
 
 
-CONVOLUTION = Convolution(pack, run)
+def prepare(
+    x: Tensor, taps: Filter, residual: Tensor | None, geometry: Geometry, act: Activation, y: Tensor
+) -> Callable[[], object]:
+    """A call of the operator that nothing is looked at for again."""
+    operators, arguments = torch.ops.fusedres_native, (x, *taps, residual, *geometry, act.code)
+    if residual is y:
+        return partial(operators.conv_act_.default, *arguments)
+    return partial(operators.conv_act_out.default, *arguments, y)
+
+
+CONVOLUTION = Convolution(pack, run, forms, prepare)
 
 
 def objection(request: Request) -> str | None:

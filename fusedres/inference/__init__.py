@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import dispatch
+from fusedres.inference.choice import measuring
 from fusedres.inference.folding import CASTS
-from fusedres.inference.program import Program
+from fusedres.inference.plan import Plan
+from fusedres.inference.program import Program, refuse_capture
 from fusedres.inference.steps import Mode
 from fusedres.residual import ambient_objection
 
-__all__ = ["forget", "mode_of", "serve"]
+__all__ = ["forget", "latest", "measuring", "mode_of", "serve"]
 
 # Beside the modules and not in them, so that copies, pickles and state_dicts know nothing of it.
 _programs: WeakKeyDictionary[nn.Module, dict[Mode, Program]] = WeakKeyDictionary()
@@ -48,17 +50,19 @@ def _make(module: nn.Module, mode: Mode, x: Tensor) -> Tensor:
         found = _programs.get(module, _NOTHING).get(mode)
         if found is not None and found.watch.is_unchanged(module):  # another thread was faster
             return found(x)
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "an optimized model has no plan yet for this mode, and weights packed in a CUDA graph's capture would "
-                "be its own; call optimize(model, example=x), or the model once, before the capture"
-            )
+        refuse_capture()
         program = Program(module, mode)
         y = program.bind(x)
         if mode.device.type == "cuda":  # other streams read what was packed as soon as it is published
             torch.cuda.current_stream(mode.device).synchronize()
         _programs[module] = {**_programs.get(module, _NOTHING), mode: program}
         return y
+
+
+def latest(module: nn.Module) -> Plan | None:
+    """The plan of a module that was made last."""
+    programs = _programs.get(module)
+    return next(reversed(programs.values())).latest if programs else None
 
 
 def forget(module: nn.Module) -> None:

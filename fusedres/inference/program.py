@@ -1,37 +1,29 @@
-"""A plan made ready for one mode: filters folded and packed, backends chosen, and the loop that runs it."""
+"""A module's plans for one mode: filters folded and packed once, and for each input's size who computes what where."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+import threading
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusedres import dispatch, executor
-from fusedres.backends import Backend, Convolution, Filter, Request
-from fusedres.epilogue import IDENTITY
-from fusedres.inference import folding
+from fusedres import dispatch
+from fusedres.backends import Backend, Filter, Request
+from fusedres.inference import arena, calls, choice, folding
+from fusedres.inference.arena import Likeness
+from fusedres.inference.calls import NHWC, Calls, in_channels_last
+from fusedres.inference.choice import Candidate, Choice, Problem
 from fusedres.inference.flatten import Flat, flatten
-from fusedres.inference.steps import Convolve, Join, Mode, Normalise, Operation, Step
+from fusedres.inference.plan import Bound, Changed, Plan, Tape, advance
+from fusedres.inference.steps import Convolve, Mode, Operation, Step
 from fusedres.inference.watch import Watch
 
-_NHWC = torch.channels_last
-
-
-class Bound(NamedTuple):
-    """A step with what it calls."""
-
-    call: Callable[..., Tensor]
-    source: int
-    residual: int | None
-    target: int
-    frees: tuple[int, ...]
+_MOST_PLANS = 32  # of sizes; the one that was made first goes
 
 
 class Program:
-    """A module's plan for one mode, bound while its first input passes through."""
+    """What a module's forward comes to in one mode; a plan is bound while the first input of its sizes passes."""
 
     def __init__(self, module: nn.Module, mode: Mode, flat: Flat | None = None) -> None:
         self.mode = mode
@@ -39,46 +31,123 @@ class Program:
         self.watch = Watch(module, self.flat.hosts, self.flat.gates)
         weights = [step.operation.conv.weight for step in self.flat.steps if isinstance(step.operation, Convolve)]
         self._writes_channels_last = any(_is_channels_last(weight) for weight in weights)
-        self._bound: tuple[Bound, ...] = ()
+        self._packed: dict[tuple[int, str], Filter] = {}
+        self._plans: dict[torch.Size, Plan] = {}
+        self._arenas: list[Arena] = []  # those that no thread uses now
+        self._binding = threading.RLock()
 
-    def bind(self, x: Tensor) -> Tensor:
-        """Pack every filter for sizes as they are met; returns the result for x."""
+    def bind(self, x: Tensor) -> Any:
+        """Make the first plan, and return the result for x."""
+        return self._bind(x)
+
+    def _bind(self, x: Tensor) -> Any:
+        """Make the plan for inputs of x's sizes; returns the result for x."""
         bound = []
-        values: list[Any] = [_in_channels_last(x), *[None] * len(self.flat.steps)]
-        for step in self.flat.steps:
-            call = self._call(step, values[step.source])
-            bound.append(Bound(call, step.source, step.residual, step.target, step.frees))
-            _advance(values, bound[-1])
-        self._bound = tuple(bound)
+        values: list[Any] = [in_channels_last(x), *[None] * len(self.flat.steps)]
+        with self._binding:
+            for step in self.flat.steps:
+                given = values[step.source]
+                ready, chosen = self._ready(step, given, None if step.residual is None else values[step.residual])
+                advance(values, step, ready.run)
+                bound.append(Bound(step, ready, chosen, _likeness(given), _likeness(values[step.target])))
+            while len(self._plans) >= _MOST_PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[x.shape] = Plan(bound)
         return self._in_eagers_layout(values[-1], x)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        values: list[Any] = [_in_channels_last(x), *[None] * len(self._bound)]
-        for step in self._bound:
-            _advance(values, step)
-        return self._in_eagers_layout(values[-1], x)
+    def __call__(self, x: Tensor) -> Any:
+        plan = self._plans.get(x.shape)
+        if plan is None:
+            return self._bind(x)
+        if not plan.bytes:
+            return self._in_eagers_layout(plan.run_apart(in_channels_last(x)), x)
+        try:
+            held = self._arenas.pop()
+        except IndexError:
+            held = Arena()
+        try:
+            y = held.tape(plan)(in_channels_last(x))
+        except Changed:
+            y = plan.run_apart(in_channels_last(x))
+        finally:
+            self._arenas.append(held)
+        return self._in_eagers_layout(y, x)
 
-    def _in_eagers_layout(self, y: Tensor, x: Tensor) -> Tensor:
+    @property
+    def latest(self) -> Plan:
+        """The plan that was bound last."""
+        return next(reversed(self._plans.values()))
+
+    def _in_eagers_layout(self, y: Any, x: Tensor) -> Any:
         if type(y) is not Tensor or y.dim() != 4:
             return y
         interleaved = self._writes_channels_last or _is_channels_last(x)
-        return y.contiguous(memory_format=_NHWC if interleaved else torch.contiguous_format)
+        return y.contiguous(memory_format=NHWC if interleaved else torch.contiguous_format)
 
-    def _call(self, step: Step, x: Tensor) -> Callable[..., Tensor]:
+    def _ready(self, step: Step, x: Tensor, residual: Tensor | None) -> tuple[Calls, Choice | None]:
         operation = step.operation
-        if isinstance(operation, Convolve):
-            return _convolve(operation, step, x.shape, self.mode)
-        if isinstance(operation, Normalise):
-            return partial(_normalise, operation)
-        return partial(_join, operation) if isinstance(operation, Join) else operation.target
+        if not isinstance(operation, Convolve):
+            return calls.of_other(operation, x), None
+
+        def ready(candidate: Candidate, taps: Filter, in_place: bool) -> Calls:
+            dtype = self.mode.dtype if self.mode.autocast else None
+            return calls.of_convolution(candidate.convolution, taps, operation, dtype, in_place, x, residual)
+
+        def timed(candidate: Candidate) -> Any:
+            run = ready(candidate, self._pack(step, candidate, x), False).run
+            return lambda: run(x) if residual is None else run(x, residual)
+
+        problem = Problem(operation.conv.weight.shape, operation.geometry, x.shape)
+        chosen = choice.choose(_request(operation, self.mode), problem, timed)
+        key = step.target, chosen.candidate.name
+        if key not in self._packed:
+            refuse_capture()
+            self._packed[key] = self._pack(step, chosen.candidate, x)
+        return ready(chosen.candidate, self._packed[key], step.in_place), chosen
+
+    def _pack(self, step: Step, candidate: Candidate, x: Tensor) -> Filter:
+        operation = step.operation
+        assert isinstance(operation, Convolve)
+        taps = folding.fold(operation, self.mode.dtype)
+        return candidate.pack(taps, operation.geometry, x.shape, operation.parts is not None)
+
+
+class Arena:
+    """Memory for one call at a time, with the plans that were laid into it."""
+
+    def __init__(self) -> None:
+        self._memory = arena.memory(0)
+        self._tapes: dict[Plan, Tape] = {}
+
+    def tape(self, plan: Plan) -> Tape:
+        found = self._tapes.get(plan)
+        if found is None:
+            if plan.bytes > self._memory.numel():
+                self._tapes.clear()
+                self._memory = arena.memory(plan.bytes)
+            while len(self._tapes) >= _MOST_PLANS:
+                del self._tapes[next(iter(self._tapes))]
+            found = self._tapes[plan] = plan.tape(self._memory)
+        return found
+
+
+def refuse_capture() -> None:
+    """Raise where a CUDA graph is being captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "an optimized model has no plan yet for this mode, and weights packed in a CUDA graph's capture would "
+            "be its own; call optimize(model, example=x), or the model once, before the capture"
+        )
 
 
 def backend_of(operation: Operation, mode: Mode) -> Backend | None:
-    """Who computes a convolution; None for what is no convolution."""
-    if not isinstance(operation, Convolve):
-        return None
+    """Whom the dispatcher names for a convolution; None for what is no convolution."""
+    return dispatch.serving(_request(operation, mode)) if isinstance(operation, Convolve) else None
+
+
+def _request(operation: Convolve, mode: Mode) -> Request:
     residual = (mode.dtype, "channels_last") if operation.parts is not None else (None, None)
-    request = Request(
+    return Request(
         "conv_act",
         mode.device.type,
         mode.dtype,
@@ -89,64 +158,12 @@ def backend_of(operation: Operation, mode: Mode) -> Backend | None:
         residual_layout=residual[1],
         group_outputs=operation.geometry.group_outputs(operation.conv.out_channels),
     )
-    return dispatch.choose(request)
 
 
-def _advance(values: list[Any], step: Bound) -> None:
-    call, source, residual, target, frees = step
-    y = call(values[source]) if residual is None else call(values[source], values[residual])
-    for slot in frees:
-        values[slot] = None
-    values[target] = y
-
-
-def _convolve(operation: Convolve, step: Step, sizes: torch.Size, mode: Mode) -> Callable[..., Tensor]:
-    backend = backend_of(operation, mode)
-    assert backend is not None and backend.convolution is not None
-    convolution, parts = backend.convolution, operation.parts
-    taps = convolution.pack(folding.fold(operation, mode.dtype), operation.geometry, sizes, parts is not None)
-    dtype = mode.dtype if mode.autocast else None
-    if parts is None:
-        return partial(_alone, convolution, taps, operation, dtype)
-    return partial(_joined, convolution, taps, operation, dtype, step.in_place)
-
-
-def _alone(convolution: Convolution, taps: Filter, operation: Convolve, dtype: torch.dtype | None, x: Tensor) -> Tensor:
-    return convolution.run(_in_channels_last(x, dtype), taps, None, operation.geometry, operation.act, False)
-
-
-def _joined(
-    convolution: Convolution,
-    taps: Filter,
-    operation: Convolve,
-    dtype: torch.dtype | None,
-    in_place: bool,
-    x: Tensor,
-    residual: Tensor,
-) -> Tensor:
-    x, geometry, conv = _in_channels_last(x, dtype), operation.geometry, operation.conv
-    size = geometry.output_size(conv.kernel_size, x.shape[2], x.shape[3])  # pyright: ignore[reportArgumentType]
-    if residual.dtype is x.dtype and residual.shape == (x.shape[0], conv.out_channels, *size):
-        return convolution.run(x, taps, _in_channels_last(residual), geometry, operation.act, in_place)
-    z = convolution.run(x, taps, None, geometry, IDENTITY, False)
-    assert operation.parts is not None
-    return executor.join(operation.parts, z, None, None, residual, None)
-
-
-def _normalise(operation: Normalise, x: Tensor) -> Tensor:
-    return executor.bn_act(x, operation.norm, operation.act)
-
-
-def _join(operation: Join, z: Tensor, residual: Tensor) -> Tensor:
-    z, norm, gate = executor.run_between(operation.parts, z, operation.norm)
-    return executor.join(operation.parts, z, norm, gate, residual, None)
-
-
-def _in_channels_last(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    if dtype is not None and x.dtype is not dtype:
-        return x.to(dtype, memory_format=_NHWC)
-    return x if x.dim() != 4 or x.is_contiguous(memory_format=_NHWC) else x.contiguous(memory_format=_NHWC)
+def _likeness(t: object) -> Likeness | None:
+    """Of what may lie in an arena."""
+    return Likeness.of(t) if type(t) is Tensor and t.dim() == 4 and t.numel() else None
 
 
 def _is_channels_last(t: Tensor) -> bool:
-    return t.is_contiguous(memory_format=_NHWC) and not t.is_contiguous()
+    return t.is_contiguous(memory_format=NHWC) and not t.is_contiguous()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fusedres.backends import Geometry
 from fusedres.epilogue import IDENTITY, Activation
 from fusedres.executor import Parts
+from fusedres.modules import is_hooked
 
 
 class Mode(NamedTuple):
@@ -81,6 +82,7 @@ class Step:
         source, residual, target: slots; slot 0 is the module's input.
         in_place: whether the residual's memory may become the result's.
         frees: slots that nothing reads after this.
+        is_private: whether nobody but the plan's own operations sees the result.
     """
 
     operation: Operation
@@ -89,6 +91,7 @@ class Step:
     target: int
     in_place: bool = False
     frees: tuple[int, ...] = ()
+    is_private: bool = False
 
 
 # Their results are new tensors, and they keep no hold of what they are given.
@@ -105,7 +108,8 @@ def arrange(steps: Sequence[Step], result: int) -> tuple[Step, ...]:
         operands = {step.source} if step.residual is None else {step.source, step.residual}
         frees = tuple(sorted(slot for slot in operands if last[slot] == index))
         in_place = step.residual in owned and step.residual in frees and step.residual != step.source
-        arranged.append(replace(step, in_place=in_place, frees=frees))
+        is_private = step.target in owned and step.target != result
+        arranged.append(replace(step, in_place=in_place, frees=frees, is_private=is_private))
     return tuple(arranged)
 
 
@@ -117,4 +121,12 @@ def _owned(steps: Sequence[Step]) -> Set[int | None]:
 
 
 def _is_private(operation: Operation) -> bool:
-    return isinstance(operation, Convolve) or (isinstance(operation, Plain) and type(operation.target) in _FRESH)
+    return isinstance(operation, Convolve) or is_fresh(operation)
+
+
+def is_fresh(operation: Operation) -> bool:
+    """Whether it is a pool that gives one new tensor, and that no hook looks at."""
+    target = operation.target if isinstance(operation, Plain) else None
+    if not isinstance(target, _FRESH) or type(target) not in _FRESH or is_hooked(target):
+        return False
+    return not getattr(target, "return_indices", False)

@@ -55,7 +55,7 @@ def save(device: str, found: Mapping[str, Config]) -> Path:
 
 
 def _table(device: str) -> Table:
-    header = {"format": _FORMAT, "device": device, "triton": triton.__version__}
+    header = ("format", _FORMAT), ("device", device), ("triton", triton.__version__)
     return Table(device, header, "tuned configurations", "remove the file, or tune again with fusedres.tuning.tune()")
 
 

@@ -1,0 +1,135 @@
+"""What the steps of a plan call, and how they write into memory that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedres import executor
+from fusedres.backends import Convolution, Filter
+from fusedres.epilogue import IDENTITY
+from fusedres.inference.arena import Likeness
+from fusedres.inference.steps import Convolve, Join, Normalise, Operation, is_fresh
+
+NHWC = torch.channels_last
+
+# (x, residual, y, scratch) -> a call that writes y; x and the residual as `run` would be given them
+Prepare = Callable[[Tensor, Tensor | None, Tensor, Tensor | None], Callable[[], object]]
+
+
+class Calls(NamedTuple):
+    """A step made ready.
+
+    Args:
+        run: (x) or (x, residual) -> y.
+        prepare: how it writes to memory that is there, if it can; for the operands' sizes as they were.
+        dtype: what x is cast to.
+        scratch: memory that it needs besides.
+    """
+
+    run: Callable[..., Tensor]
+    prepare: Prepare | None = None
+    dtype: torch.dtype | None = None
+    scratch: Likeness | None = None
+
+
+def of_convolution(
+    convolution: Convolution,
+    taps: Filter,
+    operation: Convolve,
+    dtype: torch.dtype | None,
+    in_place: bool,
+    x: Tensor,
+    residual: Tensor | None,
+) -> Calls:
+    """For operands like these; others that eager accepts are served too, though not prepared."""
+    geometry, act = operation.geometry, operation.act
+    if operation.parts is None:
+        run = partial(_alone, convolution, taps, operation, dtype)
+    else:
+        run = partial(_joined, convolution, taps, operation, dtype, in_place)
+    make = convolution.prepare
+    if make is None or (residual is not None and not _is_residual(operation, in_channels_last(x, dtype), residual)):
+        return Calls(run)
+
+    def prepare(x: Tensor, residual: Tensor | None, y: Tensor, scratch: Tensor | None) -> Callable[[], object]:
+        return make(x, taps, residual, geometry, act, y)
+
+    return Calls(run, prepare, dtype)
+
+
+def of_other(operation: Operation, x: Tensor) -> Calls:
+    """Of what is no convolution."""
+    if isinstance(operation, Normalise):
+        return Calls(partial(_normalise, operation))
+    if isinstance(operation, Join):
+        return Calls(partial(_join, operation))
+    assert not isinstance(operation, Convolve)  # `of_convolution`
+    target = operation.target
+    if isinstance(target, nn.MaxPool2d) and is_fresh(operation) and x.dim() == 4 and x.device.type == "cpu":
+        positions = Likeness(target(x.to("meta")).shape, torch.int64)
+        return Calls(target, partial(_pool, target), scratch=positions)
+    return Calls(target)
+
+
+def _alone(convolution: Convolution, taps: Filter, operation: Convolve, dtype: torch.dtype | None, x: Tensor) -> Tensor:
+    return convolution.run(in_channels_last(x, dtype), taps, None, operation.geometry, operation.act, False)
+
+
+def _joined(
+    convolution: Convolution,
+    taps: Filter,
+    operation: Convolve,
+    dtype: torch.dtype | None,
+    in_place: bool,
+    x: Tensor,
+    residual: Tensor,
+) -> Tensor:
+    x, geometry = in_channels_last(x, dtype), operation.geometry
+    if _is_residual(operation, x, residual):
+        return convolution.run(x, taps, in_channels_last(residual), geometry, operation.act, in_place)
+    z = convolution.run(x, taps, None, geometry, IDENTITY, False)
+    assert operation.parts is not None
+    return executor.join(operation.parts, z, None, None, residual, None)
+
+
+def _is_residual(operation: Convolve, x: Tensor, residual: Tensor) -> bool:
+    """Whether what is added has the result's sizes and dtype; what broadcasts or promotes has not."""
+    conv = operation.conv
+    size = operation.geometry.output_size(conv.kernel_size, x.shape[2], x.shape[3])  # pyright: ignore[reportArgumentType]
+    return residual.dtype is x.dtype and residual.shape == (x.shape[0], conv.out_channels, *size)
+
+
+def _normalise(operation: Normalise, x: Tensor) -> Tensor:
+    return executor.bn_act(x, operation.norm, operation.act)
+
+
+def _join(operation: Join, z: Tensor, residual: Tensor) -> Tensor:
+    z, norm, gate = executor.run_between(operation.parts, z, operation.norm)
+    return executor.join(operation.parts, z, norm, gate, residual, None)
+
+
+def _pool(
+    pool: nn.MaxPool2d, x: Tensor, residual: Tensor | None, y: Tensor, scratch: Tensor | None
+) -> Callable[[], object]:
+    """The same operator that the module calls, which finds positions as well."""
+    assert scratch is not None  # Calls.scratch
+    stride = pool.kernel_size if pool.stride is None else pool.stride
+    operator = torch.ops.aten.max_pool2d_with_indices.out
+    settings = (_pair(pool.kernel_size), _pair(stride), _pair(pool.padding), _pair(pool.dilation), pool.ceil_mode)
+    return partial(operator, x, *settings, out=y, indices=scratch)
+
+
+def _pair(value: int | tuple[int, ...]) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)
+
+
+def in_channels_last(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x itself where it is in that memory order and dtype."""
+    if dtype is not None and x.dtype is not dtype:
+        return x.to(dtype, memory_format=NHWC)
+    return x if x.dim() != 4 or x.is_contiguous(memory_format=NHWC) else x.contiguous(memory_format=NHWC)

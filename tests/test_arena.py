@@ -1,0 +1,268 @@
+"""Where an optimized model's intermediate results lie: what shares memory, what never does, and who holds it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import random
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+
+import pytest
+import torch
+from optimized import assert_close, batch, make, optimized
+from torch import Tensor, nn
+from torch.profiler import profile
+from torchvision_models import resnet
+
+import fusedres
+from fusedres import inference
+from fusedres.inference import arena
+from fusedres.inference.arena import Life
+from fusedres.inference.program import Program
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+def network() -> nn.Module:
+    """Every step but the last three is the plan's own: a pool, an identity and a projection block."""
+    return make(lambda: resnet.ResNet(resnet.BasicBlock, [2, 1, 1, 1], num_classes=7))
+
+
+def program_of(model: nn.Module) -> Program:
+    (program,) = inference._programs[model].values()
+    return program
+
+
+def called(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def test_what_is_needed_at_the_same_time_lies_apart() -> None:
+    generator = random.Random(0)
+    for _ in range(200):
+        spans = [sorted(generator.choices(range(12), k=2)) for _ in range(generator.randint(1, 15))]
+        lives = [Life(key, generator.randint(1, 500), *span) for key, span in enumerate(spans)]
+        places, size = arena.places(lives)
+        for life in lives:
+            assert places[life.key] % 64 == 0 and places[life.key] + life.bytes <= size
+        for one, other in combinations(lives, 2):
+            if one.begin <= other.end and other.begin <= one.end:
+                begin, end = places[one.key], places[one.key] + one.bytes
+                assert end <= places[other.key] or places[other.key] + other.bytes <= begin
+
+
+def test_what_is_not_needed_any_more_makes_room() -> None:
+    chain = [Life(slot, 100, slot, slot + 1) for slot in range(10)]
+    places, size = arena.places(chain)
+    assert size == 228 and set(places.values()) == {0, 128}
+    assert arena.places([]) == ({}, 0)
+
+
+def test_a_networks_arena_is_as_large_as_the_most_that_lives_at_once() -> None:
+    model, _ = optimized(network())
+    called(model, batch(64))
+    stem, pooled = 2 * 64 * 32 * 32 * 4, 2 * 64 * 16 * 16 * 4
+    assert program_of(model).latest.bytes == stem + 3 * pooled  # the pool's positions have 8 bytes each
+
+
+def allocated(model: nn.Module, x: Tensor) -> int:
+    """The bytes that a call asks the allocator for."""
+    with torch.no_grad(), profile(profile_memory=True) as profiled:
+        model(x)
+    return sum(max(0, event.cpu_memory_usage) for event in profiled.events() if event.name == "[memory]")
+
+
+def test_the_second_call_asks_for_no_memory_but_its_outputs() -> None:
+    model, _ = optimized(network())
+    x = batch(64).contiguous(memory_format=torch.channels_last)
+    called(model, x)
+    called(model, x)
+    head = 4 * 2 * (512 + 512 + 7)  # the last pool, and the linear layer's result
+    assert allocated(model, x) <= head + 1024 < x.numel() * 4
+
+
+def test_many_calls_hold_as_much_as_one() -> None:
+    model, _ = optimized(network())
+    for size in (32, 64, 40, 64, 32, 64):
+        for _ in range(3):
+            called(model, batch(size))
+    (held,) = program_of(model)._arenas
+    most = max(plan.bytes for plan in program_of(model)._plans.values())
+    assert held._memory.numel() == most
+
+
+def test_the_places_are_warm_from_call_to_call() -> None:
+    model, _ = optimized(network())
+    called(model, batch(64)), called(model, batch(64))
+    (held,) = program_of(model)._arenas
+    memory = held._memory.data_ptr()
+    for _ in range(3):
+        called(model, batch(64))
+        assert program_of(model)._arenas == [held] and held._memory.data_ptr() == memory
+
+
+class Keeps(nn.Module):
+    """Remembers what it was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x
+        return x
+
+
+def stem(*more: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), resnet.BasicBlock(16, 16), *more)
+
+
+ENDS: dict[str, Callable[[], nn.Module]] = {
+    "a convolution": stem(nn.Conv2d(16, 16, 1)),
+    "a block": stem(resnet.BasicBlock(16, 16)),
+    "a view": stem(nn.Flatten()),
+    "an identity": stem(nn.Identity()),
+    "a pool": stem(nn.MaxPool2d(2)),
+    "a slice": stem(nn.Conv2d(16, 16, 1), nn.Unflatten(1, (4, 4)), nn.Flatten(0, 1)),
+    "the network": network,
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_no_output_is_written_to_by_a_later_call(end: str) -> None:
+    model = make(ENDS[end])
+    ours, _ = optimized(model)
+    inputs = [batch(32) for _ in range(4)]
+    found = [called(ours, x) for x in inputs]
+    assert len({y.untyped_storage().data_ptr() for y in found}) == 4
+    for y, x in zip(found, inputs, strict=True):
+        assert_close(y, called(model, x))
+
+
+def test_what_a_module_or_a_hook_keeps_is_not_written_to() -> None:
+    model = make(stem(Keeps(), nn.Conv2d(16, 16, 1), nn.MaxPool2d(2), resnet.BasicBlock(16, 16), nn.Flatten()))
+    kept: list[Tensor] = []
+    model[5].register_forward_hook(lambda module, given, y: kept.extend((*given, y)))
+    ours, report = optimized(model)
+    assert [line.in_place for line in report.lines][-3:] == [False, False, False]
+    x = batch(16)
+    for _ in range(3):
+        kept.clear()
+        called(ours, x)
+        seen, (given, pooled) = ours[3].seen.clone(), [t.clone() for t in kept]
+        first = ours[3].seen, *kept
+        called(ours, batch(16))
+        assert all(torch.equal(*pair) for pair in zip(first, (seen, given, pooled), strict=True))
+
+
+class Crops(nn.Module):
+    """Its size is nobody's business but its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = [9]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.size[0] < 0:
+            raise ValueError("no size")
+        return x[..., : self.size[0], : self.size[0]]
+
+
+def test_a_module_that_gives_another_size_than_before_is_no_harm() -> None:
+    model = make(stem(Crops(), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten()))
+    ours, _ = optimized(model)
+    ours[3].size = model[3].size
+    for size in (9, 9, 12, 5, 9, 20):
+        model[3].size[0] = size
+        x = batch(16)
+        assert_close(called(ours, x), called(model, x))
+    model[3].size[0] = -1
+    with pytest.raises(ValueError, match="no size"):
+        called(ours, x)
+    model[3].size[0] = 9
+    assert_close(called(ours, x), called(model, x))
+    assert len(program_of(ours)._arenas) == 1
+
+
+def test_eight_threads_have_memory_of_their_own() -> None:
+    model, _ = optimized(network())
+    inputs = [batch(40 if i % 4 else 32) for i in range(64)]
+    expected = [called(model, x) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda x: called(model, x), inputs))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert 1 <= len(program_of(model)._arenas) <= 8
+
+
+class Again(nn.Module):
+    """Calls another model on the way."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.other = [other]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            self.other[0](x[:1, :3])
+        return x
+
+
+def test_a_call_within_a_call_has_memory_of_its_own() -> None:
+    again = Again(nn.Identity())
+    model = make(stem(again, resnet.BasicBlock(16, 16), nn.Flatten()))
+    ours, _ = optimized(model)
+    ours[3].other[0] = ours
+    model[3].other[0] = nn.Identity()
+    for _ in range(3):
+        x = batch(8)
+        assert_close(called(ours, x), called(model, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_plan_of_inference_mode_serves_outside_of_it(dtype: torch.dtype) -> None:
+    model = network()
+    ours, _ = optimized(model)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad):
+        x = batch(32)
+        with mode(), torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            assert not torch.isnan(ours(x)).any()
+    with torch.no_grad():
+        assert_close(ours(x), model(x))
+
+
+def test_unoptimize_and_a_change_give_the_memory_back() -> None:
+    model, _ = optimized(network())
+
+    def memory() -> weakref.ref[Tensor]:
+        x = batch(32)
+        called(model, x), called(model, x)
+        (held,) = program_of(model)._arenas
+        return weakref.ref(held._memory)
+
+    before = memory()
+    with torch.no_grad():
+        model.conv1.weight.mul_(2)
+    after = memory()
+    gc.collect()
+    assert before() is None and after() is not None
+    fusedres.unoptimize(model)
+    gc.collect()
+    assert after() is None
+
+
+def test_plans_for_ever_new_sizes_are_not_kept_for_ever() -> None:
+    model, _ = optimized(make(stem(nn.Flatten())))
+    for height in range(1, 50):
+        for _ in range(2):
+            called(model, torch.randn(1, 3, height, 5))
+    program = program_of(model)
+    assert len(program._plans) == 32 and (1, 3, 49, 5) in program._plans
+    assert len(program._arenas[0]._tapes) <= 32
+
+
+def test_the_report_tells_the_arenas_size() -> None:
+    model = network()
+    assert fusedres.optimize(copy.deepcopy(model)).arena_bytes is None
+    report = fusedres.optimize(model, example=batch(64))
+    assert report.arena_bytes == program_of(model).latest.bytes
+    assert str(report).endswith(f"plain steps, {report.arena_bytes / 2**20:.1f} MiB for what lies between them")

@@ -1,0 +1,234 @@
+"""Who computes a convolution of an optimized model: the rule, what was measured, and the table that keeps it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from optimized import assert_close, images, make, outputs
+from torch import nn
+from torchvision_models import resnet
+
+import fusedres
+from fusedres import build, cache
+from fusedres.inference import choice
+from fusedres.native_sources import NATIVE
+from fusedres.optimization import Optimization
+
+NAMES = ("native direct", "native winograd 2", "native winograd 4", "onednn")
+Asked = list[list[str]]
+
+
+@pytest.fixture(autouse=True)
+def tuned(native: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Times may be taken, and a folder of its own keeps them; the library is loaded already."""
+    monkeypatch.setenv("FUSEDRES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(choice, "_read", {})
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """Who was timed; oneDNN is made the fastest."""
+    return pretend(monkeypatch, {"onednn": 1.0})
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, times: Mapping[str, float]) -> Asked:
+    seen: Asked = []
+
+    def measure(calls: Mapping[str, Callable[[], object]], device: str) -> Mapping[str, float]:
+        assert device == "cpu"
+        seen.append(list(calls))
+        for call in calls.values():
+            call()
+        return {name: times.get(name, 2.0) for name in calls}
+
+    monkeypatch.setattr(choice, "_measure", measure)
+    return seen
+
+
+def network() -> nn.Module:
+    """Its convolutions are of three problems."""
+    return make(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), resnet.BasicBlock(16, 16), resnet.BasicBlock(16, 16), nn.Flatten()
+        )
+    )
+
+
+def backends(report: Optimization) -> list[str]:
+    return [line.backend for line in report.convolutions]
+
+
+@pytest.mark.parametrize("fastest", NAMES)
+def test_the_fastest_is_taken_and_each_computes_the_same(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = pretend(monkeypatch, {fastest: 1.0})
+    eager, x = network(), images(2, 3, 16, 16)
+    model = copy.deepcopy(eager)
+    report = fusedres.optimize(model, example=x)
+    assert [sorted(names) for names in asked] == [list(NAMES)] * 3
+    assert backends(report) == [fastest.split()[0]] * 5
+    assert all((line.reason or "").startswith(f"{fastest} 1 ms, ") for line in report.convolutions)
+    assert_close(outputs(model, x), outputs(eager, x))
+
+
+def test_another_process_measures_nothing_again(asked: Asked) -> None:
+    x = images(2, 3, 16, 16)
+    fusedres.optimize(network(), example=x)
+    assert len(asked) == 3
+    choice._read.clear()
+    assert backends(fusedres.optimize(network(), example=x)) == ["onednn"] * 5
+    later = network()
+    fusedres.optimize(later)
+    with torch.no_grad():
+        assert [c.backend for c in fusedres.explain(later, x).choices] == ["onednn"] * 5
+        assert "onednn 1 ms" in fusedres.explain(later, x).choices[0].objections["measured"]
+    assert len(asked) == 3
+
+
+def test_what_was_not_measured_is_left_to_the_rule(asked: Asked) -> None:
+    model = network()
+    fusedres.optimize(model, example=images(2, 3, 16, 16))
+    with torch.no_grad():
+        assert [c.backend for c in fusedres.explain(model, images(3, 3, 16, 16)).choices] == ["native"] * 5
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with torch.no_grad():
+            assert [c.backend for c in fusedres.explain(model, images(2, 3, 16, 16)).choices] == ["native"] * 5
+    finally:
+        torch.set_num_threads(threads)
+    assert len(asked) == 3
+
+
+def test_every_size_is_served_by_its_own_choice(asked: Asked) -> None:
+    eager = network()
+    model = copy.deepcopy(eager)
+    fusedres.optimize(model, example=images(2, 3, 16, 16))
+    for shape in ((2, 3, 16, 16), (1, 3, 9, 7), (2, 3, 16, 16), (3, 3, 16, 16)):
+        x = images(*shape)
+        assert_close(outputs(model, x), outputs(eager, x))
+
+
+def test_the_rules_choice_stays_unless_another_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, {"onednn": 1.95})
+    assert backends(fusedres.optimize(network(), example=images(2, 3, 16, 16))) == ["native"] * 5
+
+
+@pytest.mark.parametrize("how", ["FUSEDRES_TUNE", "deterministic", "forced"])
+def test_nothing_is_measured_nor_read_where_that_is_not_wanted(
+    how: str, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = images(2, 3, 16, 16)
+    fusedres.optimize(network(), example=x)
+    asked.clear()
+    if how == "FUSEDRES_TUNE":
+        monkeypatch.setenv("FUSEDRES_TUNE", "0")
+    if how == "deterministic":
+        torch.use_deterministic_algorithms(True)
+    if how == "forced":
+        with fusedres.use_backend("native"):
+            report = fusedres.optimize(network(), example=x)
+    else:
+        report = fusedres.optimize(network(), example=x)
+    assert backends(report) == ["native"] * 5 and {line.reason for line in report.convolutions} == {None}
+    assert not asked
+
+
+def test_an_unknown_word_for_tuning_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDRES_TUNE", "maybe")
+    model = network()
+    with pytest.raises(ValueError, match="FUSEDRES_TUNE must be 0 or 1; got 'maybe'"):
+        fusedres.optimize(model, example=images(2, 3, 16, 16))
+    assert type(model) is nn.Sequential
+
+
+def test_nothing_is_measured_in_a_capture(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="before the capture"):
+        fusedres.optimize(network(), example=images(2, 3, 16, 16))
+    assert not asked
+
+
+def test_a_damaged_table_is_ignored_with_one_warning_and_replaced(asked: Asked) -> None:
+    x = images(2, 3, 16, 16)
+    fusedres.optimize(network(), example=x)
+    (path,) = cache.tables(cache.location())
+    path.write_text(path.read_text().replace("1.0", "1.5", 1))
+    choice._read.clear()
+    with pytest.warns(UserWarning, match=r"times of convolutions in .* are ignored, because it is damaged") as caught:
+        fusedres.optimize(network(), example=x)
+    assert len(caught) == 1 and len(asked) == 6
+    choice._read.clear()
+    fusedres.optimize(network(), example=x)
+    assert len(asked) == 6
+
+
+@pytest.mark.parametrize("ms", [0.0, -1.0, math.nan, math.inf, "1", None])
+def test_a_table_with_a_time_that_is_none_is_ignored(ms: object) -> None:
+    table = choice._table("cpu")
+    table.save({"entry": {"onednn": ms}})
+    with pytest.warns(UserWarning, match="entry has a time that is none"):
+        assert choice._known(table) == {}
+
+
+def test_times_of_another_library_are_ignored(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    fusedres.optimize(network(), example=images(2, 3, 16, 16))
+    choice._read.clear()
+    found = build.library(NATIVE)
+    assert isinstance(found, build.Library)
+    other = build.Library(Path("/elsewhere/native-0123/native.so"), "cached")
+    monkeypatch.setattr(build, "library", lambda target: other)
+    with pytest.warns(UserWarning, match="its kernels is 'native-.*' and not 'native-0123'"):
+        assert choice._known(choice._table("cpu")) == {}
+
+
+def test_where_nothing_can_be_kept_it_says_so_and_works(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    monkeypatch.setenv("FUSEDRES_CACHE", str(occupied))
+    with pytest.warns(UserWarning, match="what was measured of convolutions is not kept"):
+        report = fusedres.optimize(network(), example=images(2, 3, 16, 16))
+    assert backends(report) == ["onednn"] * 5
+
+
+def test_an_error_keeps_what_was_measured_until_then(asked: Asked) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(3, 16, 3)).eval()
+    with pytest.raises(RuntimeError):
+        fusedres.optimize(model, example=images(2, 3, 16, 16))
+    assert type(model) is nn.Sequential and len(choice._known(choice._table("cpu"))) == len(asked) > 0
+
+
+def test_the_least_of_several_times_counts_and_all_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = 0.0, []
+
+    def call(name: str, seconds: list[float]) -> Callable[[], None]:
+        def called() -> None:
+            nonlocal now
+            order.append(name)
+            now += seconds[order.count(name) % len(seconds)]
+
+        return called
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    calls = {"a": call("a", [0.5, 0.125]), "b": call("b", [0.25])}
+    assert choice._measure(calls, "cpu") == {"a": 125.0, "b": 250.0}
+    assert order == ["a", "b"] * (1 + choice._ROUNDS.start)
+
+
+def test_real_times_are_positive_and_kept_apart_by_problem() -> None:
+    report = fusedres.optimize(network(), example=images(2, 3, 16, 16))
+    known = choice._known(choice._table("cpu"))
+    assert len(known) == 3
+    assert all(set(times) == set(NAMES) and min(times.values()) > 0 for times in known.values())
+    assert all(line.reason and "onednn" in line.reason for line in report.convolutions)
