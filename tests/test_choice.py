@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from optimized import assert_close, images, make, outputs
-from torch import nn
+from torch import Tensor, nn
 from torchvision_models import resnet
 
 import fusedres
@@ -43,8 +43,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 def pretend(monkeypatch: pytest.MonkeyPatch, times: Mapping[str, float]) -> Asked:
     seen: Asked = []
 
-    def measure(calls: Mapping[str, Callable[[], object]], device: str) -> Mapping[str, float]:
-        assert device == "cpu"
+    def measure(calls: Mapping[str, Callable[[], object]], x: Tensor) -> Mapping[str, float]:
         seen.append(list(calls))
         for call in calls.values():
             call()
@@ -209,24 +208,53 @@ def test_an_error_keeps_what_was_measured_until_then(asked: Asked) -> None:
     assert type(model) is nn.Sequential and len(choice._known(choice._table("cpu"))) == len(asked) > 0
 
 
-def test_the_least_of_several_times_counts_and_all_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, order = 0.0, []
+Clock = Callable[[str, list[float]], Callable[[], None]]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Calls by name that take these seconds, one after the other; `clock.order` tells who was called."""
+    now, order = [0.0], []
 
     def call(name: str, seconds: list[float]) -> Callable[[], None]:
         def called() -> None:
-            nonlocal now
+            now[0] += seconds[min(order.count(name), len(seconds) - 1)]
             order.append(name)
-            now += seconds[order.count(name) % len(seconds)]
 
         return called
 
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    calls = {"a": call("a", [0.5, 0.125]), "b": call("b", [0.25])}
-    assert choice._measure(calls, "cpu") == {"a": 125.0, "b": 250.0}
-    assert order == ["a", "b"] * (1 + choice._ROUNDS.start)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    call.order = order
+    return call
 
 
-def test_real_times_are_positive_and_kept_apart_by_problem() -> None:
+def test_the_least_of_several_times_count_and_all_take_turns(clock: Clock) -> None:
+    calls = {"a": clock("a", [0.5, 0.03125, 0.125, 0.03125, 0.03125]), "b": clock("b", [0.0625])}
+    assert choice._measure(calls, torch.ones(3)) == {"a": 31.25, "b": 62.5}
+    assert clock.order == ["a", "b"] * (1 + choice._ROUNDS)
+    fluke = {"a": clock("c", [0.25, 0.25, 0.24, 0.25]), "b": clock("d", [0.0625])}
+    assert choice._measure(fluke, torch.ones(3)) == {"a": 250.0, "b": 62.5}
+
+
+def test_times_that_do_not_come_up_again_are_none(clock: Clock) -> None:
+    unsteady = [0.25, 0.0625, 0.125, 0.03125, 0.25, 0.5, 0.25, 0.5]
+    assert choice._measure({"a": clock("a", unsteady), "b": clock("b", [0.0625])}, torch.ones(3)) == {}
+    later = [*unsteady[:5], 0.03125, 0.03125]
+    assert choice._measure({"a": clock("c", later), "b": clock("d", [0.0625])}, torch.ones(3)) == {
+        "a": 31.25,
+        "b": 62.5,
+    }
+
+
+def test_what_did_not_settle_is_left_to_the_rule_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_measure", lambda calls, x: {})
+    report = fusedres.optimize(network(), example=images(2, 3, 16, 16))
+    assert backends(report) == ["native"] * 5 and {line.reason for line in report.convolutions} == {None}
+    assert not cache.tables(cache.location())
+
+
+def test_real_times_are_positive_and_kept_apart_by_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_AGREEMENT", 100.0)  # other tests run beside this one
     report = fusedres.optimize(network(), example=images(2, 3, 16, 16))
     known = choice._known(choice._table("cpu"))
     assert len(known) == 3

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fusedres import build, dispatch
 from fusedres.backends import Backend, Convolution, Geometry, Pack, Request
@@ -29,13 +30,15 @@ from fusedres.tables import Table, Unusable
 Times = Mapping[str, float]  # milliseconds by candidate
 
 _FORMAT = 1
-_GAIN = 0.97  # what share of the first one's time another may take at most to come before it
-_ROUNDS = range(5, 50)
-_SECONDS = 0.1  # of measuring, after the fewest rounds
+_GAIN = 0.95  # what share of the first one's time another may take at most to come before it
+_ROUNDS = 7  # at least
+_AGREEMENT = 1.1  # within which the three least times of a candidate must lie
+_CACHE_BYTES = 1 << 27  # more than a core's share of any cache
+_SECONDS = 1.0  # after which a problem that does not settle is left to the rule
 
 
 class Problem(NamedTuple):
-    """A convolution's sizes."""
+    """A convolution's sizes: the weight's and x's."""
 
     weight: Sequence[int]
     geometry: Geometry
@@ -74,14 +77,14 @@ class Choice(NamedTuple):
 
 CallOf = Callable[[Candidate], Callable[[], object]]  # a call of a candidate to be timed
 
-_measured: ContextVar[dict[Table, dict[str, Times]] | None] = ContextVar("measured", default=None)
+_measured: ContextVar[set[Table] | None] = ContextVar("measured", default=None)
 _read: dict[Path, dict[str, Times]] = {}  # what a file held when it was first asked for, and what was measured since
 
 
 @contextmanager
 def measuring() -> Iterator[None]:
     """Take the times of what is bound inside and not known yet; they are kept at the end."""
-    found: dict[Table, dict[str, Times]] = {}
+    found: set[Table] = set()
     token = _measured.set(found)
     try:
         yield
@@ -94,10 +97,10 @@ def measuring() -> Iterator[None]:
                 warnings.warn(f"what was measured of convolutions is not kept: {error}", stacklevel=2)
 
 
-def choose(request: Request, problem: Problem, call_of: CallOf) -> Choice:
+def choose(request: Request, problem: Problem, x: Tensor, call_of: CallOf) -> Choice:
     """Who is to compute a convolution."""
     candidates = _candidates(request, problem)
-    times = _times(request, problem, candidates, call_of) if len(candidates) > 1 and _is_on(problem) else {}
+    times = _times(request, problem, candidates, x, call_of) if len(candidates) > 1 and _is_on(problem) else {}
     by_name = {candidate.name: candidate for candidate in candidates}
     if not by_name.keys() <= times.keys():
         choice = Choice(candidates[0], {})
@@ -135,43 +138,47 @@ def _is_on(problem: Problem) -> bool:
     return chosen == "1" and math.prod(problem.sizes) > 0
 
 
-def _times(
-    request: Request,
-    problem: Problem,
-    candidates: list[Candidate],
-    call_of: CallOf,
-) -> Times:
+def _times(request: Request, problem: Problem, candidates: list[Candidate], x: Tensor, call_of: CallOf) -> Times:
     """What is known of a problem, or is measured now."""
     table, entry = _table(request.device), _entry(request, problem)
     known = _known(table)
     times = known.get(entry, {})
     found = _measured.get()
     if found is not None and not {candidate.name for candidate in candidates} <= times.keys():
-        times = _measure({candidate.name: call_of(candidate) for candidate in candidates}, request.device)
-        known[entry] = found.setdefault(table, {})[entry] = times
+        times = _measure({candidate.name: call_of(candidate) for candidate in candidates}, x)
+        if times:
+            known[entry] = times
+            found.add(table)
     return times
 
 
-def _measure(calls: Mapping[str, Callable[[], object]], device: str) -> Times:
-    """The least time of each: what else the machine does makes any of them slower, none faster.
+def _measure(calls: Mapping[str, Callable[[], object]], x: Tensor) -> Times:
+    """The third least time of each, as in a network: x in the caches, the weights not, after those of other layers.
 
-    They take turns, so that each finds in the caches what a network would leave there: not its own weights.
+    What else the machine does makes none of them faster; where it does so much that the least times differ, nothing.
     """
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    least = dict.fromkeys(calls, math.inf)
+    wait = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
+    others = torch.zeros(_CACHE_BYTES // 4, device=x.device)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     end = time.perf_counter() + _SECONDS
-    for rounds in range(_ROUNDS.stop):
-        if rounds >= _ROUNDS.start and time.perf_counter() > end:
-            break
+    while not all(map(_is_settled, samples.values())):
+        if time.perf_counter() > end:
+            return {}
         for name, call in calls.items():
+            others.sum()
+            x.sum()
             wait()
             start = time.perf_counter()
             call()
             wait()
-            least[name] = min(least[name], 1e3 * (time.perf_counter() - start))
-    return least
+            samples[name].append(1e3 * (time.perf_counter() - start))
+    return {name: sorted(times)[2] for name, times in samples.items()}
+
+
+def _is_settled(times: list[float]) -> bool:
+    return len(times) >= _ROUNDS and sorted(times)[2] <= min(times) * _AGREEMENT
 
 
 def _entry(request: Request, problem: Problem) -> str:

@@ -98,7 +98,7 @@ class Program:
             return lambda: run(x) if residual is None else run(x, residual)
 
         problem = Problem(operation.conv.weight.shape, operation.geometry, x.shape)
-        chosen = choice.choose(_request(operation, self.mode), problem, timed)
+        chosen = choice.choose(_request(operation, self.mode), problem, x, timed)
         key = step.target, chosen.candidate.name
         if key not in self._packed:
             refuse_capture()
