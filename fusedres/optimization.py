@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -78,7 +78,7 @@ def _words(line: Line) -> str:
     return line.step + (", in place" if line.in_place else "") + (f": {line.reason}" if line.reason else "")
 
 
-def optimize(model: nn.Module, *, example: Tensor | None = None) -> Optimization:
+def optimize(model: nn.Module, example: Tensor | None = None, *, cuda_graph: bool = False) -> Optimization:
     """Let a model in eval mode run as one plan: every convolution with its norm, shortcut and activation in one call.
 
     The model stays the same object; only the class of what is optimized changes. In eval mode and without gradients
@@ -98,6 +98,9 @@ def optimize(model: nn.Module, *, example: Tensor | None = None) -> Optimization
     Args:
         model: plain or fused, in eval mode.
         example: an input of the sizes to be served, to make the plan with now instead of at the first call.
+        cuda_graph: capture the whole network in CUDA graphs, one for each bucket of batch sizes up to the example's:
+            the powers of 2, and the example's own. A batch is padded to its bucket, and the output cut to it. Copies
+            of the model have no graphs.
 
     >>> import fusedres
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
@@ -110,10 +113,14 @@ def optimize(model: nn.Module, *, example: Tensor | None = None) -> Optimization
         raise ValueError("optimize takes a model in eval mode, and this one is in training; call model.eval() first")
     walk = _Walk(model)
     lines = list(walk.lines())
+    if cuda_graph:
+        _check_graph(model, example, walk.found, lines)
     before = [module for module in walk.found if not isinstance(module, swap.Optimized)]
     for module in walk.found:
         inference.forget(module)
         swap.optimize(module, inference.serve)
+    if cuda_graph and example is not None:
+        inference.graph(model, example.shape[0])
     if example is not None:
         try:
             with torch.no_grad(), inference.measuring():
@@ -128,6 +135,21 @@ def optimize(model: nn.Module, *, example: Tensor | None = None) -> Optimization
         if choice is not None:
             lines[index] = replace(lines[index], backend=choice.candidate.backend.name, reason=choice.reason)
     return Optimization(tuple(lines), sum(plan.bytes for plan in plans.values()) if plans else None)
+
+
+def _check_graph(model: nn.Module, example: Tensor | None, found: Sequence[nn.Module], lines: Sequence[Line]) -> None:
+    """Raise where a model can't be captured."""
+    if example is None:
+        raise ValueError("cuda_graph=True needs an example of the largest batch to be served; pass example=")
+    if example.device.type != "cuda":
+        remedy = "move both there" if torch.cuda.is_available() else "torch finds none here"
+        where = f"needs the model and the example on a CUDA device, not on {example.device}"
+        raise ValueError(f"cuda_graph=True {where}; {remedy}")
+    if example.dim() != 4 or not example.shape[0]:
+        raise ValueError(f"cuda_graph=True needs an example of (N, C, H, W) with N >= 1, got {tuple(example.shape)}")
+    if list(found) != [model]:
+        reason = next((line.reason for line in lines if line.reason), "nothing in it is optimized")
+        raise ValueError(f"cuda_graph=True captures a network that has one plan, and this one has none: {reason}")
 
 
 def unoptimize(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import dispatch
+from fusedres.inference import graphs
 from fusedres.inference.choice import measuring
 from fusedres.inference.folding import CASTS
 from fusedres.inference.plan import Plan
@@ -17,10 +18,11 @@ from fusedres.inference.program import Program, refuse_capture
 from fusedres.inference.steps import Mode
 from fusedres.residual import ambient_objection
 
-__all__ = ["forget", "latest", "measuring", "mode_of", "serve"]
+__all__ = ["forget", "graph", "latest", "measuring", "mode_of", "serve"]
 
 # Beside the modules and not in them, so that copies, pickles and state_dicts know nothing of it.
 _programs: WeakKeyDictionary[nn.Module, dict[Mode, Program]] = WeakKeyDictionary()
+_graphed: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by module, the most images of a graph
 _making = threading.RLock()
 
 
@@ -39,7 +41,7 @@ def _run(module: nn.Module, mode: Mode, x: Tensor) -> Tensor:
     found = _programs.get(module, _NOTHING).get(mode)
     if found is None or not found.watch.is_unchanged(module):
         return _make(module, mode, x)
-    return found(x)
+    return found(x) if found.graphs is None else found.graphs(x)
 
 
 _NOTHING: dict[Mode, Program] = {}
@@ -49,10 +51,12 @@ def _make(module: nn.Module, mode: Mode, x: Tensor) -> Tensor:
     with _making:
         found = _programs.get(module, _NOTHING).get(mode)
         if found is not None and found.watch.is_unchanged(module):  # another thread was faster
-            return found(x)
+            return _run(module, mode, x)
         refuse_capture()
         program = Program(module, mode)
         y = program.bind(x)
+        if module in _graphed and graphs.serve(mode.device):
+            y = program.capture(x, _graphed[module])
         if mode.device.type == "cuda":  # other streams read what was packed as soon as it is published
             torch.cuda.current_stream(mode.device).synchronize()
         _programs[module] = {**_programs.get(module, _NOTHING), mode: program}
@@ -65,9 +69,15 @@ def latest(module: nn.Module) -> Plan | None:
     return next(reversed(programs.values())).latest if programs else None
 
 
+def graph(module: nn.Module, largest: int) -> None:
+    """Let the plans of a module on a CUDA device be captured, for up to `largest` images."""
+    _graphed[module] = largest
+
+
 def forget(module: nn.Module) -> None:
     """Drop the plans of a module."""
     _programs.pop(module, None)
+    _graphed.pop(module, None)
 
 
 def _objection(module: nn.Module, x: Tensor) -> str | None:

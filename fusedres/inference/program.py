@@ -15,6 +15,7 @@ from fusedres.inference.arena import Likeness
 from fusedres.inference.calls import NHWC, Calls, in_channels_last
 from fusedres.inference.choice import Candidate, Choice, Problem
 from fusedres.inference.flatten import Flat, flatten
+from fusedres.inference.graphs import Graphs, is_by_image
 from fusedres.inference.plan import Bound, Changed, Plan, Tape, advance
 from fusedres.inference.steps import Convolve, Mode, Operation, Step
 from fusedres.inference.watch import Watch
@@ -35,10 +36,16 @@ class Program:
         self._plans: dict[torch.Size, Plan] = {}
         self._arenas: list[Arena] = []  # those that no thread uses now
         self._binding = threading.RLock()
+        self.graphs: Graphs | None = None
 
     def bind(self, x: Tensor) -> Any:
         """Make the first plan, and return the result for x."""
         return self._bind(x)
+
+    def capture(self, x: Tensor, largest: int) -> Any:
+        """The result for x by a graph; so are later ones for up to `largest` images."""
+        self.graphs = Graphs(self, largest, is_by_image(self.flat))
+        return self.graphs(x)
 
     def _bind(self, x: Tensor) -> Any:
         """Make the plan for inputs of x's sizes; returns the result for x."""
