@@ -59,6 +59,7 @@ SERVERS = (
     Contestant("fused-graph", library="fusedres", amp=False, graph=True),
     Contestant("optimized", amp=False, optimized=True),
     Contestant("optimized-graph", amp=False, graph=True, optimized=True),
+    Contestant("optimized-own-graph", amp=False, optimized=True, own_graph=True),
 )
 SERVERS_AUTOTUNED = (SERVED, SERVED_FUSED, Contestant("max-autotune", compile_mode="max-autotune", amp=False))
 
@@ -154,7 +155,7 @@ def hold(contest: Contest, run: Run, report: Report, record: Record) -> None:
 
 def obstacle(contestant: Contestant, run: Run) -> str | None:
     """Why a contestant can't take part here; None when it can."""
-    if contestant.graph and not run.cuda:
+    if (contestant.graph or contestant.own_graph) and not run.cuda:
         return "CUDA graphs need CUDA"
     if contestant.compile_mode and run.left() < run.pick(COMPILE_RESERVE_S, 1.0):
         return "no time left to compile"
