@@ -266,3 +266,41 @@ def test_the_report_tells_the_arenas_size() -> None:
     report = fusedres.optimize(model, example=batch(64))
     assert report.arena_bytes == program_of(model).latest.bytes
     assert str(report).endswith(f"plain steps, {report.arena_bytes / 2**20:.1f} MiB for what lies between them")
+
+
+def operands(images: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, the packed weight, a bias, a residual of a 3x3 convolution with padding."""
+    x, residual = (
+        torch.randn(images, channels, 9, 7).contiguous(memory_format=torch.channels_last) for channels in (8, 20)
+    )
+    packed = torch.ops.fusedres_native.conv_act_pack(torch.randn(20, 8, 3, 3), 1, 4)
+    return x, packed, torch.randn(20), residual
+
+
+WINDOWS = ((1, 1), (1, 1), (1, 1), 1, 1)
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_the_operator_writes_into_what_it_is_given(joins: bool) -> None:
+    x, packed, bias, residual = operands()
+    operators, given = torch.ops.fusedres_native, (x, packed, bias, residual if joins else None, *WINDOWS)
+    y = torch.empty_like(residual)
+    operators.conv_act_out(*given, y)
+    assert torch.equal(y, operators.conv_act(*given))
+    torch.library.opcheck(operators.conv_act_out.default, (*given, torch.zeros_like(residual)))
+    if joins:
+        operators.conv_act_out(*given, residual)
+        assert torch.equal(y, residual)
+
+
+@pytest.mark.parametrize("dim", range(4))
+def test_the_operator_refuses_a_result_of_other_sizes(dim: int) -> None:
+    x, packed, bias, residual = operands()
+    sizes = list(residual.shape)
+    sizes[dim] += 1
+    for y, message in (
+        (torch.empty(sizes).contiguous(memory_format=torch.channels_last), "y must have the sizes of the result"),
+        (torch.empty(residual.shape), "y must be float32 in channels_last"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.fusedres_native.conv_act_out(x, packed, bias, None, *WINDOWS, y)
