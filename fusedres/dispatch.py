@@ -82,7 +82,7 @@ class Recorder:
 
     def add(self, request: Request, chosen: Backend | None = None, measured: str | None = None) -> None:
         """Note who serves a request: the first without an objection, or whom measured times name."""
-        found = chosen or (_convolving(request) if request.op == "conv" else _first(request))
+        found = chosen or _first(request)
         reasons = objections(request) | ({} if measured is None else {"measured": measured})
         self.choices.append(Choice(self._block, request.op, found.name, reasons))
 
@@ -134,19 +134,17 @@ def _first(request: Request) -> Backend:
 
 
 def convolving(request: Request) -> Backend:
-    """Who computes a training step's convolution. aten does where no other backend, or not the forced one, can."""
-    if recorder is not None:
-        recorder.add(request)
+    """Who computes a training step's convolution.
+
+    aten does where no other backend, or not the forced one, can: that is no choice to be recorded.
+    """
     found = _chosen.get(request)
     if found is None:
-        found = _chosen[request] = _convolving(request)
+        refused = _forced is not None and objection(backend(_forced), request) is not None
+        found = _chosen[request] = reference.BACKEND if refused else _first(request)
+    if recorder is not None and found is not reference.BACKEND:
+        recorder.add(request)
     return found
-
-
-def _convolving(request: Request) -> Backend:
-    if _forced is not None and objection(backend(_forced), request) is not None:
-        return reference.BACKEND
-    return _first(request)
 
 
 def objection(candidate: Backend, request: Request) -> str | None:

@@ -405,8 +405,8 @@ def test_under_torch_compile_convolutions_are_atens():
     assert y.requires_grad and targets and not [name for name in targets if "conv_" in name and "fusedres" in name]
 
 
-def test_explain_tells_who_convolves():
-    fused, _, x = block_and_input("bottleneck")
+def test_explain_tells_what_they_compute():
+    fused, _, x = block_and_input("basic")
     rows = [choice for choice in fusedres.explain(fused, x).choices if choice.op == "conv"]
-    assert [row.backend for row in rows] == ["reference", "native", "reference", "reference"]
-    assert "aten is as fast" in rows[0].objections["native"]
+    assert [row.backend for row in rows] == ["native", "native"]
+    assert not [row for row in fusedres.explain(fused, x.contiguous()).choices if row.op == "conv"]
