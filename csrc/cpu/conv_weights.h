@@ -49,7 +49,7 @@ struct ConvWeights {
   // Bytes, for each of the weights.
   int64_t room() const {
     const int64_t unpacked = groups * outputs * inputs * rows * columns;
-    return (elements() * size_of(dtype) + unpacked - 1) / unpacked;
+    return (elements() + unpacked - 1) / unpacked * size_of(dtype);
   }
 };
 

@@ -108,6 +108,8 @@ def objection(request: Request) -> str | None:
     """Why the kernels can't serve a request, or shouldn't, as one sentence."""
     if request.geometry is None:
         return "it has to know the sizes"
+    if request.dtype != torch.float32:
+        return "it computes training's convolutions in float32"
     reason = native_convolution.objection(request)
     if reason is None and 1 in tiles(request.sizes, request.weight_sizes, request.geometry):
         reason = "aten is as fast where Winograd's form of a convolution doesn't save products"
