@@ -124,7 +124,8 @@ def new_lane(contestant: Contestant, task: Task, run: Run) -> Lane:
     dtype = torch.float32 if contestant.amp else torch.bfloat16
     model = model.to(task.images.device, dtype, memory_format=torch.channels_last).train(task.training)
     if contestant.optimized:
-        fusedres.optimize(model, task.images, cuda_graph=contestant.own_graph)
+        example = task.images if task.images.is_cuda else None  # on a CPU it is a rehearsal, and timing takes long
+        fusedres.optimize(model, example, cuda_graph=contestant.own_graph)
     call: Model = compiled(model, run, contestant.compile_mode) if contestant.compile_mode else model
     return Training(model, call, task) if task.training else Inference(contestant, call, task)
 

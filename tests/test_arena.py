@@ -299,8 +299,9 @@ def test_the_operator_refuses_a_result_of_other_sizes(dim: int) -> None:
     sizes = list(residual.shape)
     sizes[dim] += 1
     for y, message in (
-        (torch.empty(sizes).contiguous(memory_format=torch.channels_last), "y must have the sizes and the dtype of the result"),
-        (torch.empty(residual.shape), "y must be .*channels_last"),
+        (torch.empty(sizes).contiguous(memory_format=torch.channels_last), "y must have the sizes and the dtype"),
+        (torch.empty(residual.shape), "y must be in channels_last"),
+        (torch.empty_like(residual, dtype=torch.bfloat16), "y must have the sizes and the dtype"),
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.fusedres_native.conv_act_out(x, packed, bias, None, *WINDOWS, y)

@@ -232,8 +232,8 @@ def test_the_least_of_several_times_count_and_all_take_turns(clock: Clock) -> No
     calls = {"a": clock("a", [0.5, 0.03125, 0.125, 0.03125, 0.03125]), "b": clock("b", [0.0625])}
     assert choice._measure(calls, torch.ones(3)) == {"a": 31.25, "b": 62.5}
     assert clock.order == ["a", "b"] * (1 + choice._ROUNDS)
-    fluke = {"a": clock("c", [0.25, 0.25, 0.24, 0.25]), "b": clock("d", [0.0625])}
-    assert choice._measure(fluke, torch.ones(3)) == {"a": 250.0, "b": 62.5}
+    fluke = {"a": clock("c", [0.03125, 0.03125, 0.03, 0.03125]), "b": clock("d", [0.0625])}
+    assert choice._measure(fluke, torch.ones(3)) == {"a": 31.25, "b": 62.5}
 
 
 def test_times_that_do_not_come_up_again_are_none(clock: Clock) -> None:

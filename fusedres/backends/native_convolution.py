@@ -54,9 +54,9 @@ def _fake_pack(weight: Tensor, groups: int, tile: int) -> Tensor:
     flat = groups == 1 and columns > 1 and inputs < _PANEL
     taps, run = (rows, columns * inputs) if flat else (rows * columns, inputs)
     step = 2 if weight.dtype is torch.bfloat16 else 1
-    direct = groups * padded * taps * -(-run // step) * 4  # bytes
-    transformed = (tile + 2) ** 2 * padded * inputs * 4 if tile > 1 else 0
-    room = -(-(direct + transformed) // weight.numel())
+    direct = groups * padded * taps * -(-run // step) * step
+    transformed = (tile + 2) ** 2 * padded * inputs * step if tile > 1 else 0  # in float32
+    room = -(-(direct + transformed) // weight.numel()) * weight.element_size()
     return weight.new_empty((*weight.shape, room), dtype=torch.uint8)
 
 

@@ -30,7 +30,7 @@ from fusedres.tables import Table, Unusable
 Times = Mapping[str, float]  # milliseconds by candidate
 
 _FORMAT = 1
-_GAIN = 0.95  # what share of the first one's time another may take at most to come before it
+_GAIN = 0.9  # what share of the first one's time another may take at most to come before it
 _ROUNDS = 7  # at least
 _AGREEMENT = 1.1  # within which the three least times of a candidate must lie
 _CACHE_BYTES = 1 << 27  # more than a core's share of any cache
