@@ -27,6 +27,26 @@ __attribute__((noinline)) void finish_from_memory(const Vec<float>* sums, int64_
     }
 }
 
+// Two vectors side by side.
+template <class T>
+FUSEDRES_INLINE void store_pair(T* y, Vec<float> first, Vec<float> second) {
+#if defined(__AVX512BF16__)
+  // Both in one instruction, which takes denormals for 0: those are left to store.
+  constexpr int kDenormal = 0x20;
+  if constexpr (sizeof(T) == sizeof(BFloat16)) {
+    const auto denormal =
+        _mm512_fpclass_ps_mask(first.v, kDenormal) | _mm512_fpclass_ps_mask(second.v, kDenormal);
+    if (__builtin_expect(denormal == 0, 1)) {
+      const __m512bh both = _mm512_cvtne2ps_pbh(second.v, first.v);
+      __builtin_memcpy(y, &both, sizeof both);
+      return;
+    }
+  }
+#endif
+  store(y, first);
+  store(y + kLanes, second);
+}
+
 template <class T, int kCount, int kVectors>
 FUSEDRES_INLINE void finish(const Vec<float> (&sums)[kCount][kVectors], const ConvResult<T>& to,
                             int64_t rows) {
@@ -41,11 +61,15 @@ FUSEDRES_INLINE void finish(const Vec<float> (&sums)[kCount][kVectors], const Co
 #pragma GCC unroll 16
   for (int row = 0; row < kCount; ++row) {
     if (row == rows) return;
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
+    T* const y = to.y + row * to.stride;
+    auto z = [&](int v) FUSEDRES_INLINE_LAMBDA {
       const Vec<float> z = conv_epilogue(sums[row][v], to, row, v * kLanes, AllLanes{});
-      store(to.y + row * to.stride + v * kLanes, to.act == Act::kRelu ? Relu::value(z) : z);
-    }
+      return to.act == Act::kRelu ? Relu::value(z) : z;
+    };
+    if constexpr (kVectors == 2)
+      store_pair(y, z(0), z(1));
+    else
+      store(y, z(0));
   }
 }
 
@@ -81,7 +105,8 @@ void multiply(const ConvRows<T>& from, const T* weights, int64_t width, const Co
   using P = Product<T>;
   constexpr int64_t kLine = kLineBytes / int64_t{sizeof(T)};
   for (int64_t row = 0; row < rows; ++row)
-    for (int v = 0; v < kVectors; ++v) prefetch_result(to, row, v * kLanes);
+    for (int64_t channel = 0; channel < kVectors * kLanes; channel += kLine)
+      prefetch_result(to, row, channel);
   Vec<float> sums[kCount][kVectors] = {};
   const int64_t whole = from.run / P::kInputs * P::kInputs;
   for (int64_t tap = 0; tap < from.taps; ++tap) {

@@ -38,6 +38,8 @@ constexpr int64_t kFewestTiles = 24, kMostTiles = 96;
 // Weights of a block that are more than this come from memory again and again: for more tiles, then.
 constexpr int64_t kWeightBytes = int64_t{2} << 20;
 constexpr int64_t kFewestTilesOfThem = 72;
+// Fewer are cut to one size, so that threads get equal shares; of more the registers are better filled.
+constexpr int64_t kFewPatches = 8;
 // Between the points' arrays: they shall not fall on each other in the cache.
 constexpr int64_t kGap = 16;
 
@@ -46,7 +48,8 @@ int64_t tiles_at_once(const Tiles& tiles, int64_t points, int64_t inputs) {
   const bool large = points * inputs * kWidth * int64_t{sizeof(float)} > kWeightBytes;
   const int64_t fewest = large ? kFewestTilesOfThem : kFewestTiles;
   const int64_t most = maximum(fewest, minimum(kMostTiles, kScratchBytes / bytes));
-  return ceil_div(ceil_div(tiles.count, ceil_div(tiles.count, most)), kRows) * kRows;
+  const int64_t patches = ceil_div(tiles.count, most), multiple = patches < kFewPatches ? 4 : kRows;
+  return ceil_div(ceil_div(tiles.count, patches), multiple) * multiple;
 }
 
 template <class T, int kTile>

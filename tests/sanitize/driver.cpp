@@ -145,7 +145,7 @@ class Round {
   }
 
   void conv_act() {
-    const int64_t tile = pick<int64_t>({1, 1, 2, 4}), images = 1 + draw(3);
+    const int64_t tile = pick<int64_t>({1, 1, 2, 4, 7}), images = 1 + draw(3);
     const ConvAxis rows = window(tile), columns = window(tile);
     const int64_t groups = tile > 1 ? 1 : pick<int64_t>({1, 1, 3});
     const ConvWeights weights{dtype_,
