@@ -87,7 +87,7 @@ void pack(const ConvWeights& shape, const void* weight, const int64_t* strides, 
   std::memset(to + shape.elements(), 0, static_cast<size_t>(bytes - shape.elements() * int64_t{sizeof(T)}));
   const Packing<T> packing{shape, static_cast<const T*>(weight), strides};
   packing.direct(to);
-  packing.winograd(reinterpret_cast<float*>(to + shape.direct(shape.groups, 0)));
+  if (shape.tile > 1) packing.winograd(reinterpret_cast<float*>(to + shape.direct(shape.groups, 0)));
 }
 
 }  // namespace
