@@ -229,7 +229,6 @@ struct ConvRepack {
   const float* weight;
   const int64_t* strides;  // outputs, inputs, rows, columns; may be negative
   float* packed;
-  int64_t count;  // of its values; those that nothing is laid out in are 0
 };
 
 // dweight of conv(x, weight), one group, all in channels_last

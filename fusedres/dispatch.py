@@ -41,6 +41,7 @@ disabled: bool = os.environ.get("FUSEDRES_DISABLE", "0") not in ("", "0")
 # In smaller tensors a pass over memory that is saved is worth less than a call from Python costs.
 min_elements: int = _number(os.environ.get("FUSEDRES_MIN_ELEMENTS") or "262144")
 _chosen: dict[Request, Backend] = {}
+_MOST_CHOSEN = 4096
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ def convolving(request: Request) -> Backend:
     """
     found = _chosen.get(request)
     if found is None:
+        if len(_chosen) >= _MOST_CHOSEN:  # the requests tell sizes, of which there may be any number
+            _chosen.clear()
         refused = _forced is not None and objection(backend(_forced), request) is not None
         found = _chosen[request] = reference.BACKEND if refused else _first(request)
     if recorder is not None and found is not reference.BACKEND:

@@ -153,7 +153,7 @@ def in_process(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-FORMULA_TESTS = ("test_native.py", "test_native_convolution.py")
+FORMULA_TESTS = ("test_native.py", "test_native_convolution.py", "test_native_training.py")
 POOL_TESTS = (
     "test_the_result_is_that_of_pooling_the_activation",
     "test_results_are_the_same_bits_whatever_the_threads",

@@ -225,6 +225,10 @@ class Dweight {
 }  // namespace
 
 bool conv_dweight(const ConvDweight& op) {
+  if (op.images == 0) {
+    __builtin_memset(op.dweight, 0, op.outputs * 9 * op.inputs * sizeof(float));
+    return true;
+  }
   return op.tile == 2 ? Dweight<2>(op).run() : Dweight<4>(op).run();
 }
 

@@ -95,7 +95,6 @@ class Repack {
 // The weights of a training step, in the time of reading and writing them.
 void conv_repack(const ConvRepack& op) {
   const ConvWeights shape{DType::kFloat32, 1, op.inputs, op.outputs, op.rows, op.columns, op.tile};
-  for (int64_t i = shape.elements(); i < op.count; ++i) op.packed[i] = 0;
   const int64_t blocks = shape.blocks();
   const int64_t pieces = ceil_div(op.inputs, kInputs);
   parallel(blocks * pieces, op.rows * op.columns * kInputs * kWidth, [&](int64_t begin, int64_t end) {

@@ -168,6 +168,23 @@ class Round {
                        draw(2) ? y : nullptr, y});
   }
 
+  void conv_training() {
+    const int64_t tile = pick<int64_t>({2, 4}), images = 1 + draw(3);
+    const int64_t inputs = pick<int64_t>({1, 3, 16, 21, 600}), outputs = pick<int64_t>({1, 7, 16, 33, 70});
+    auto floats = [&](int64_t count) { return static_cast<float*>(arrays_.filled(count, dtype_)); };
+    auto room = [&](int64_t count) { return static_cast<float*>(arrays_.empty(count, dtype_)); };
+    // The weight as it is, and turned round.
+    const ConvWeights shape{dtype_, 1, inputs, outputs, 3, 3, tile};
+    const int64_t sign = draw(2) ? 1 : -1, strides[] = {9 * inputs, 1, sign * 3 * inputs, sign * inputs};
+    const float* const weight = floats(outputs * shape.depth());
+    variant_.conv_repack({inputs, outputs, 3, 3, tile, sign > 0 ? weight : weight + 8 * inputs, strides,
+                          room(shape.elements())});
+    const ConvAxis rows = window(tile), columns = window(tile);
+    variant_.conv_dweight(
+        {images, inputs, outputs, tile, rows, columns, floats(images * rows.size * columns.size * inputs),
+         floats(images * rows.outputs * columns.outputs * outputs), room(outputs * shape.depth())});
+  }
+
  private:
   // Winograd's tiles are of 3x3 windows, next to each other.
   static ConvAxis window(int64_t tile) {
@@ -269,6 +286,7 @@ int main(int, char** arguments) {
         calls.bn_act();
         calls.bn_act_pool();
         if (dtype == DType::kFloat32 || dtype == DType::kBFloat16) calls.conv_act();
+        if (dtype == DType::kFloat32) calls.conv_training();
       }
     }
     std::printf("%s: %d rounds of every data type\n", variant.name, rounds);
