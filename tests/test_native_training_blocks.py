@@ -1,0 +1,147 @@
+"""Blocks that train on the compiled convolutions: accuracy, memory policies, and where aten's are kept."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from eager import pair, sample
+from test_native_training import channels_last, relative_error
+from test_segment import Operations
+
+import fusedres
+from fusedres import dispatch
+
+pytestmark = pytest.mark.usefixtures("native")
+
+BUILDS = {"basic": ("BasicBlock", 32, 32), "projection": ("BasicBlock", 32, 40), "bottleneck": ("Bottleneck", 64, 32)}
+OPERATORS = ("conv_winograd", "conv_winograd_", "conv_dweight")
+
+
+def block_and_input(build: str, layout: torch.memory_format = torch.channels_last):
+    fused, eager = pair(*BUILDS[build], dtype=torch.float32)
+    for module in (fused, eager):
+        module.to(memory_format=torch.channels_last)
+    return fused, eager, sample(4, fused.conv1.in_channels, 16, 16, dtype=torch.float32).to(memory_format=layout)
+
+
+def step(block, x):
+    """y and every gradient by name, and how often each operator ran."""
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    block.zero_grad()
+    with Operations() as operations:
+        y = block(leaf)
+        g = torch.Generator().manual_seed(1)
+        y.backward(channels_last(torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)))
+    found = {"y": y.detach(), "dx": leaf.grad} | {name: p.grad.clone() for name, p in block.named_parameters()}
+    return found, {name: operations.count[f"fusedres_native::{name}"] for name in OPERATORS}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_block_trains_on_them_as_accurately_as_winograds_form_allows(build):
+    fused, eager, x = block_and_input(build)
+    found, count = step(fused, x)
+    convolutions = 1 if build == "bottleneck" else 2
+    assert count["conv_dweight"] == convolutions
+    assert count["conv_winograd"] + count["conv_winograd_"] == 2 * convolutions
+    assert count["conv_winograd_"] == (build != "bottleneck"), "dx added to the shortcut's gradient in one pass"
+    exact, _ = step(copy.deepcopy(eager).double(), x.double())
+    plain, none = step(eager, x)
+    assert set(none.values()) == {0}
+    for name, expected in exact.items():
+        assert relative_error(found[name], expected) <= 4 * relative_error(plain[name], expected) + 1e-7, name
+        assert found[name].stride() == plain[name].stride(), name
+
+
+@pytest.mark.parametrize("frozen", ["weights", "norms", "x", "first"])
+def test_gradients_that_nobody_wants_are_not_computed(frozen):
+    fused, eager, x = block_and_input("basic")
+    for block in (fused, eager):
+        block.conv1.weight.requires_grad_(frozen not in ("weights", "first"))
+        block.conv2.weight.requires_grad_(frozen != "weights")
+        for norm in (block.bn1, block.bn2):
+            norm.requires_grad_(frozen != "norms")
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_(frozen != "x")
+    with Operations() as operations:
+        fused(leaf).square().sum().backward()
+    count = {name: operations.count[f"fusedres_native::{name}"] for name in OPERATORS}
+    assert count["conv_dweight"] == {"weights": 0, "first": 1}.get(frozen, 2)
+    assert count["conv_winograd"] + count["conv_winograd_"] == (3 if frozen == "x" else 4)
+    twin = x.clone(memory_format=torch.preserve_format).requires_grad_(frozen != "x")
+    eager(twin).square().sum().backward()
+    for (name, one), other in zip(fused.named_parameters(), eager.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4 * other.grad.abs().amax().item())
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_every_memory_policy_gives_the_same_bits(build):
+    fused, _, x = block_and_input(build)
+    results = []
+    for policy in ("fast", "lean", "min"):
+        with fusedres.set_memory(policy):
+            results.append(step(copy.deepcopy(fused), x)[0])
+    for other in results[1:]:
+        for name, expected in results[0].items():
+            assert torch.equal(other[name], expected), name
+
+
+def test_a_weight_that_changed_is_packed_again():
+    fused, _, x = block_and_input("basic")
+    before, _ = step(fused, x)
+    with torch.no_grad():
+        fused.conv1.weight.mul_(-1)
+        fused.conv2.weight.data[:] = 0
+    after, _ = step(fused, x)
+    fresh, _ = step(copy.deepcopy(fused), x)
+    assert not torch.equal(after["y"], before["y"])
+    for name, expected in fresh.items():
+        assert torch.equal(after[name], expected), name
+
+
+def test_double_backward_is_atens_formula():
+    fused, eager, x = block_and_input("basic")
+    results = []
+    for block in (fused, eager.double()):
+        leaf = x.to(block.conv1.weight.dtype).requires_grad_()
+        (dx,) = torch.autograd.grad(block(leaf).square().sum(), leaf, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), [leaf, *block.parameters()]))
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("case", ["contiguous", "autocast", "double", "switched off"])
+def test_elsewhere_convolutions_are_atens(case, monkeypatch):
+    fused, _, x = block_and_input("basic", torch.contiguous_format if case == "contiguous" else torch.channels_last)
+    if case == "contiguous":
+        fused.to(memory_format=torch.contiguous_format)
+    if case == "double":
+        fused, x = fused.double(), x.double()
+    if case == "switched off":
+        monkeypatch.setenv("FUSEDRES_WINOGRAD", "0")
+        dispatch.clear()
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        _, count = step(fused, x)
+    dispatch.clear()
+    assert set(count.values()) == {0}
+
+
+def test_under_torch_compile_convolutions_are_atens():
+    fused, _, x = block_and_input("basic")
+    targets = []
+
+    def compiler(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    y = torch.compile(fused, backend=compiler, fullgraph=True)(x)
+    assert y.requires_grad and targets and not [name for name in targets if "conv_" in name and "fusedres" in name]
+
+
+def test_explain_tells_what_they_compute():
+    fused, _, x = block_and_input("basic")
+    rows = [choice for choice in fusedres.explain(fused, x).choices if choice.op == "conv"]
+    assert [row.backend for row in rows] == ["native", "native"]
+    assert not [row for row in fusedres.explain(fused, x.contiguous()).choices if row.op == "conv"]
