@@ -6,6 +6,7 @@ import sys
 import pytest
 import small_models
 import torch
+from torchvision_models import torchvision
 
 from fusedres import cli
 from fusedres.bench import comparison, profiling
@@ -49,6 +50,20 @@ def test_every_layer_of_the_roofline_is_found_in_the_profile(profiles):
     )
     assert sum(row.possible for row in rows) == pytest.approx(possible)
     assert rows == sorted(rows, key=lambda row: -row.eager)
+
+
+@pytest.mark.usefixtures("native")
+def test_the_librarys_own_convolutions_belong_to_their_layers(tmp_path):
+    model = torchvision.models.resnet18(num_classes=3)
+    work = Work("resnet18", True, 4, 64, torch.float32, torch.device("cpu"))
+    entries = {name: ENTRIES[name] for name in (CHANNELS_LAST, FUSED)}
+    steps = comparison.prepare(model, work, entries, comparison.begin(work), lambda name: None)
+    traces = {name: tmp_path / f"{index}.json" for index, name in enumerate(steps)}
+    eager, fused = (profiling.profile(step, work.device, steps=1, trace=traces[name]) for name, step in steps.items())
+    recorded = traces[FUSED].read_text()
+    assert all(f'"fusedres_native::{name}"' in recorded for name in ("conv_winograd_", "conv_winograd", "conv_dweight"))
+    rows = [row for row in profiling.rows(model, work, eager, fused, CEILINGS) if row.what != "norm, add, act"]
+    assert sum(row.fused for row in rows) == pytest.approx(fused.classes["conv"])
 
 
 def test_the_command_shows_and_writes_the_profile(monkeypatch, capsys, tmp_path):

@@ -20,14 +20,15 @@ from fusedres.bench.work import Step, Work
 
 # The first pattern that an operator's name contains gives its class; what is called inside belongs to it.
 CLASSES = (
-    ("fused", re.compile(r"fusedres_\w+::")),
     ("conv", re.compile(r"conv", re.IGNORECASE)),
+    ("fused", re.compile(r"fusedres_\w+::")),
     ("bn", re.compile(r"batch_?norm", re.IGNORECASE)),
     ("relu", re.compile(r"relu|threshold_backward|clamp_min", re.IGNORECASE)),
     ("add", re.compile(r"^aten::add_?$")),
 )
 OTHER = "other"
 _OPERATOR = re.compile(r"(aten|fusedres_\w+)::")
+_WINDOW = (3, 3)  # of conv_dweight
 _ELEMENTWISE = ("fused", "bn", "relu", "add")
 
 Shape = tuple[int, ...]
@@ -122,9 +123,15 @@ def _shapes(event: FunctionEvent) -> list[Shape]:
 
 
 def _operands(convolution: FunctionEvent) -> tuple[Shape, Shape]:
-    """The shapes of input and weight, which in the backward come after dy."""
-    x, weight = _shapes(convolution)[1:3] if "backward" in convolution.name else _shapes(convolution)[:2]
-    return x, weight
+    """The shapes of input and weight, which in the backward come after dy, or one of them does."""
+    first, second, *others = _shapes(convolution)
+    if "backward" in convolution.name:
+        return second, others[0]
+    if "dweight" in convolution.name:
+        return second, (first[1], second[1], *_WINDOW)
+    if "winograd" in convolution.name and first[1] != second[1]:  # dy, of x's size where windows are padded by 1
+        return (first[0], second[1], *first[2:]), second
+    return first, second
 
 
 def rows(model: nn.Module, work: Work, eager: Profile, fused: Profile, ceilings: Ceilings) -> Iterator[Row]:
