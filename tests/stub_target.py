@@ -21,9 +21,11 @@ from fusedres.target import Target
 ANSWER = 'extern "C" int answer() { return 42; }\n'
 
 # A child process has the builder without the package around it, as setup.py has: no torch, a quick start.
+# What a shell has started in the background ignores an interrupt, and so would its children.
 PROLOGUE = f"""
-import json, os, sys, types
+import json, os, signal, sys, types
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 package = types.ModuleType("fusedres")
 package.__path__ = [{str(Path(build.__file__).parent)!r}]
 sys.modules["fusedres"] = package
