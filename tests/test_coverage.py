@@ -36,7 +36,7 @@ SAMPLE = {
 }
 OTHERS = ("regnetx_002", "regnety_002", "gernet_s", "darknet53")  # proven by their forwards
 NAMES = [("torchvision", name) for name in TORCHVISION] + [("timm", name) for name in (*TIMM, *OTHERS)]
-LARGE = 120_000_000
+LARGE, HUGE = 120_000_000, 250_000_000  # parameters: in eval mode alone; and in fp32, for memory's sake
 
 
 def networks():
@@ -104,10 +104,9 @@ def test_a_network_is_fused_or_skipped_and_equal_to_itself(library, name):
         return
     randomise(model)
     settle(model)  # or roundings grow from block to block, until there is nothing to compare
-    small = sum(parameter.numel() for parameter in model.parameters()) < LARGE
-    model = model.double() if small else model
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64 if small else torch.float32)
-    modes = (True, False) if small else (False,)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    dtype, modes = torch.float64 if size < HUGE else torch.float32, (True, False) if size < LARGE else (False,)
+    model, x = model.to(dtype), torch.randn(2, 3, 64, 64, dtype=dtype)
     fused = [step(model, x, training) for training in modes]
     fusedres.unfuse(model)
     for training, found in zip(modes, fused, strict=True):
