@@ -226,9 +226,10 @@ struct ConvRepack {
   int64_t rows;  // of a window
   int64_t columns;
   int64_t tile;
-  const float* weight;
+  DType dtype;             // float32 or bfloat16
+  const void* weight;      // T
   const int64_t* strides;  // outputs, inputs, rows, columns; may be negative
-  float* packed;
+  void* packed;
 };
 
 // dweight of conv(x, weight), one group, all in channels_last

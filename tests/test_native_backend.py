@@ -153,7 +153,12 @@ def in_process(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-FORMULA_TESTS = ("test_native.py", "test_native_convolution.py", "test_native_training.py")
+FORMULA_TESTS = (
+    "test_native.py",
+    "test_native_convolution.py",
+    "test_native_training.py",
+    "test_native_training_bf16.py",
+)
 POOL_TESTS = (
     "test_the_result_is_that_of_pooling_the_activation",
     "test_results_are_the_same_bits_whatever_the_threads",

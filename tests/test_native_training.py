@@ -29,6 +29,11 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 
+def windows(padding: tuple[int, int] = (1, 1)) -> tuple[tuple[int, int], ...]:
+    """The operators' arguments for windows next to each other."""
+    return (1, 1), padding, (1, 1)
+
+
 @dataclass(frozen=True)
 class Shape:
     inputs: int
@@ -112,10 +117,10 @@ def test_y_and_dx_are_the_formula_in_fp64(shape, tile):
     turned = tuple(2 - pad for pad in shape.padding)
     exact, exact_dx = case.forward(), case.backward()[0]
     for weight in (case.weight, channels_last(case.weight), strided):
-        y = operators().conv_winograd(case.x, weight, case.bias, None, shape.padding, tile, False)
-        dx = operators().conv_winograd(case.dy, weight, None, case.residual, turned, tile, True)
+        y = operators().conv(case.x, weight, case.bias, None, *windows(shape.padding), tile, False)
+        dx = operators().conv(case.dy, weight, None, case.residual, *windows(turned), tile, True)
         in_place = case.residual.clone()
-        operators().conv_winograd_(case.dy, weight, in_place, turned, tile, True)
+        operators().conv_(case.dy, weight, in_place, *windows(turned), tile, True)
         assert torch.equal(in_place, dx)
         for found, expected in ((y, exact), (dx, exact_dx + case.residual)):
             assert found.shape == expected.shape and found.is_contiguous(memory_format=torch.channels_last)
@@ -137,13 +142,13 @@ def test_gradients_are_the_same_bits_whatever_the_threads():
     threads = torch.get_num_threads()
     cases = [(Case(Shape(48, 80, (30, 29))), tile) for tile in (2, 4)] + [(Case(ODD[-2]), 4)]
     first = [case.dweight(tile) for case, tile in cases]
-    dx = [operators().conv_winograd(case.dy, case.weight, None, None, (1, 1), tile, True) for case, tile in cases]
+    dx = [operators().conv(case.dy, case.weight, None, None, *windows(), tile, True) for case, tile in cases]
     try:
         for count in (1, 2, 3, 1, 2, 3):
             torch.set_num_threads(count)
             for (case, tile), dweight, gradient in zip(cases, first, dx, strict=True):
                 assert torch.equal(case.dweight(tile), dweight), count
-                again = operators().conv_winograd(case.dy, case.weight, None, None, (1, 1), tile, True)
+                again = operators().conv(case.dy, case.weight, None, None, *windows(), tile, True)
                 assert torch.equal(again, gradient), count
     finally:
         torch.set_num_threads(threads)
@@ -151,40 +156,58 @@ def test_gradients_are_the_same_bits_whatever_the_threads():
 
 def test_what_the_kernels_cant_read_is_refused():
     case = Case(SERVED[0])
-    convolve, dweight = operators().conv_winograd, operators().conv_dweight
-    for x in (case.x.contiguous(), case.x.double()):
+    convolve, convolve_, dweight = operators().conv, operators().conv_, operators().conv_dweight
+    half, contiguous = case.x.half(), case.x.contiguous()
+    for x in (contiguous, case.x.double()):
         for call in (lambda x=x: dweight(case.dy, x, (1, 1), 4), lambda x=x: dweight(x, case.x, (1, 1), 4)):
             with pytest.raises(RuntimeError, match="its tensors must be float32 in channels_last"):
                 call()
-        with pytest.raises(RuntimeError, match="its tensors must be float32 in channels_last"):
-            convolve(x, case.weight, None, None, (1, 1), 4, False)
-        with pytest.raises(RuntimeError, match="its tensors must be float32 in channels_last"):
-            convolve(case.x, case.weight, None, x, (1, 1), 4, False)
-        with pytest.raises(RuntimeError, match="its tensors must be float32 in channels_last"):
-            operators().conv_winograd_(case.x, case.weight, x, (1, 1), 4, False)
+    for x, reason in (
+        (contiguous, "x must be in channels_last"),
+        (case.x.double(), "x must be float32 or bfloat16"),
+        (half, "x must be float32 or bfloat16"),
+        (case.x.bfloat16(), "the weight must have x's dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            convolve(x, case.weight, None, None, *windows(), 4, False)
+    for residual in (contiguous, half):
+        for call in (
+            lambda r=residual: convolve(case.x, case.weight, None, r, *windows(), 4, False),
+            lambda r=residual: convolve_(case.x, case.weight, r, *windows(), 4, False),
+        ):
+            with pytest.raises(RuntimeError, match="the residual must be in channels_last and have x's dtype"):
+                call()
+    with pytest.raises(RuntimeError, match="the bias must be float32"):
+        convolve(case.x, case.weight, case.bias.double(), None, *windows(), 4, False)
     for x, padding in ((case.x[:1], (1, 1)), (case.x, (1, 0))):
         with pytest.raises(RuntimeError, match="dy doesn't belong to a 3x3 convolution of x"):
             dweight(case.dy, x, padding, 4)
-    for call in (
-        lambda: dweight(case.dy, case.x, (1, 1), 1),
-        lambda: convolve(case.x, case.weight, None, None, (1, 1), 1, False),
+    with pytest.raises(RuntimeError, match="the tile must be 2 or 4; got 1"):
+        dweight(case.dy, case.x, (1, 1), 1)
+    strided = (2, 2), (1, 1), (1, 1)
+    for weight, places, tile in (
+        (case.weight, windows(), 3),
+        (case.weight, windows(), 7),
+        (case.weight, strided, 4),
+        (case.weight[..., :1], windows(), 4),
     ):
-        with pytest.raises(RuntimeError, match="the tile must be 2 or 4; got 1"):
-            call()
-    for weight in (case.weight.double(), case.weight[..., :1]):
-        with pytest.raises(RuntimeError, match="the weight must be float32"):
-            convolve(case.x, weight, None, None, (1, 1), 4, False)
+        with pytest.raises(RuntimeError, match=f"these windows have no tile of {tile}"):
+            convolve(case.x, weight, None, None, *places, tile, False)
+    with pytest.raises(RuntimeError, match="the weight must have x's dtype and four dimensions"):
+        convolve(case.x, case.weight[0], None, None, *windows(), 1, False)
     with pytest.raises(RuntimeError, match="x has 32 channels, and the weight is for 16"):
-        convolve(case.x, case.weight[:, :16], None, None, (1, 1), 4, False)
+        convolve(case.x, case.weight[:, :16], None, None, *windows(), 4, False)
 
 
 def test_opcheck_without_exemptions():
     case = Case(Shape(8, 20, (9, 7)))
     torch.library.opcheck(operators().conv_dweight.default, (case.dy, case.x, (1, 1), 4))
-    given = case.dy, case.weight, None, case.residual, (1, 1), 4, True
-    torch.library.opcheck(operators().conv_winograd.default, given)
-    torch.library.opcheck(operators().conv_winograd_.default, (*given[:2], *given[3:]))
-    torch.library.opcheck(operators().conv_winograd.default, (case.x, case.weight, case.bias, None, (1, 1), 2, False))
+    given = case.dy, case.weight, None, case.residual, *windows(), 4, True
+    torch.library.opcheck(operators().conv.default, given)
+    torch.library.opcheck(operators().conv_.default, (*given[:2], *given[3:]))
+    torch.library.opcheck(operators().conv.default, (case.x, case.weight, case.bias, None, *windows(), 2, False))
+    strided = (2, 1), (0, 2), (1, 2)
+    torch.library.opcheck(operators().conv.default, (case.x, case.weight, None, None, *strided, 1, False))
 
 
 # The pair that a segment calls
@@ -266,7 +289,8 @@ def test_the_kernels_are_asked_where_they_save_work(monkeypatch):
         assert dispatch.convolving(request(shape)) is native.BACKEND
     shape = Shape(64, 64, (56, 56), 8)
     refused = {
-        "bfloat16": {"dtype": torch.bfloat16},
+        "torch.float16": {"dtype": torch.float16},
+        "one group": {"geometry": Geometry(padding=(1, 1), groups=2)},
         "contiguous in memory": {"layout": "contiguous"},
         "torch.compile": {"compiling": True},
         "a group here has 2": {"group_outputs": 2},
@@ -276,7 +300,6 @@ def test_the_kernels_are_asked_where_they_save_work(monkeypatch):
         {"geometry": Geometry((2, 2), (1, 1))},
         {"geometry": Geometry(padding=(2, 2), dilation=(2, 2))},
         {"geometry": Geometry(padding=(3, 1))},
-        {"geometry": Geometry(padding=(1, 1), groups=2)},
         {"weight_sizes": (64, 64, 1, 1), "geometry": Geometry()},
         {"sizes": (1, 512, 7, 7), "weight_sizes": (512, 512, 3, 3)},
         {"sizes": (8, 3, 56, 56), "weight_sizes": (64, 3, 3, 3)},
@@ -296,4 +319,4 @@ def test_a_forced_backend_without_convolutions_leaves_them_to_aten():
         with fusedres.use_backend(name):
             assert dispatch.convolving(served) is expected
     with fusedres.use_backend("native"):
-        assert dispatch.convolving(served._replace(dtype=torch.bfloat16)) is reference.BACKEND
+        assert dispatch.convolving(served._replace(dtype=torch.float16)) is reference.BACKEND

@@ -1,4 +1,4 @@
-// The 3x3 convolutions of a training step, of stride 1, as operators of the CPU library.
+// The convolutions of a training step as operators of the CPU library.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -37,65 +37,98 @@ ConvAxis axis(const Tensor& x, const std::vector<int64_t>& padding, int index) {
 // A weight as a convolution reads it; `transposed`: the one that takes dy to dx.
 struct Weight {
   int64_t outputs, inputs;
-  const float* begin;
+  int64_t kernel[2];
+  const char* begin;
   int64_t strides[4];
 
   Weight(const Tensor& weight, bool transposed)
       : outputs(weight.size(0)),
         inputs(weight.size(1)),
-        begin(floats(weight)),
+        kernel{weight.size(2), weight.size(3)},
+        begin(static_cast<const char*>(weight.data_ptr())),
         strides{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)} {
     if (!transposed) return;
     std::swap(outputs, inputs);
     std::swap(strides[0], strides[1]);
-    begin += (kKernel - 1) * (strides[2] + strides[3]);
+    begin += ((kernel[0] - 1) * strides[2] + (kernel[1] - 1) * strides[3]) * size_of(dtype_of(weight));
     strides[2] = -strides[2];
     strides[3] = -strides[3];
   }
 };
 
-Weight weight_for(const Tensor& x, const Tensor& weight, bool transposed, int64_t tile) {
-  require_channels_last(x, "conv_winograd");
-  require_tile(tile, "conv_winograd");
-  STD_TORCH_CHECK(dtype_of(weight) == DType::kFloat32 && weight.dim() == 4 && weight.size(2) == kKernel &&
-                      weight.size(3) == kKernel,
-                  "conv_winograd: the weight must be float32, (outputs, inputs, 3, 3)");
-  const Weight found(weight, transposed);
-  STD_TORCH_CHECK(x.size(1) == found.inputs, "conv_winograd: x has ", x.size(1),
-                  " channels, and the weight is for ", found.inputs);
-  return found;
+struct Windows {
+  const std::vector<int64_t>&stride, &padding, &dilation;
+
+  ConvAxis axis(const Tensor& x, const Weight& weight, int index) const {
+    const int64_t size = x.size(2 + index), kernel = weight.kernel[index];
+    const int64_t s = stride[index], p = padding[index], d = dilation[index];
+    return {size, (size + 2 * p - d * (kernel - 1) - 1) / s + 1, kernel, s, p, d};
+  }
+};
+
+bool has_form(DType dtype, const Weight& weight, const Windows& windows, int64_t tile) {
+  if (tile == 1) return true;
+  const std::vector<int64_t> one{1, 1};
+  return (tile == 2 || tile == 4 || (tile == 7 && dtype == DType::kBFloat16)) && weight.kernel[0] == 3 &&
+         weight.kernel[1] == 3 && windows.stride == one && windows.dilation == one;
 }
 
 // The packed weight is as large as many a tensor of the step: in scratch that is kept.
 void convolve(const Tensor& x, const Weight& weight, const OptionalTensor& bias, const Tensor* residual,
-              const Tensor& y, const std::vector<int64_t>& padding, int64_t tile) {
-  const auto& [outputs, inputs, begin, strides] = weight;
+              const Tensor& y, const Windows& windows, int64_t tile) {
+  const DType dtype = dtype_of(x);
+  const auto& [outputs, inputs, kernel, begin, strides] = weight;
   Arena arena;
-  float* const packed =
-      arena.take<float>(ConvWeights{DType::kFloat32, 1, inputs, outputs, kKernel, kKernel, tile}.elements());
-  const Variant& variant = variant_for(DType::kFloat32);
-  variant.conv_repack({inputs, outputs, kKernel, kKernel, tile, begin, strides, packed});
-  variant.conv_act({x.size(0), inputs, outputs, 1, tile, axis(x, padding, 0), axis(x, padding, 1),
-                    DType::kFloat32, 0, floats(x), packed, bias ? floats(*bias) : nullptr,
-                    residual ? floats(*residual) : nullptr, floats(y)});
+  const ConvWeights shape{dtype, 1, inputs, outputs, kernel[0], kernel[1], tile};
+  void* const packed = arena.take<char>(shape.elements() * size_of(dtype));
+  variant_for(DType::kFloat32)
+      .conv_repack({inputs, outputs, kernel[0], kernel[1], tile, dtype, begin, strides, packed});
+  variant_for(dtype).conv_act({x.size(0), inputs, outputs, 1, tile, windows.axis(x, weight, 0),
+                               windows.axis(x, weight, 1), dtype, 0, x.data_ptr(), packed,
+                               bias ? floats(*bias) : nullptr, residual ? residual->data_ptr() : nullptr,
+                               y.data_ptr()});
 }
 
-Tensor conv_winograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                     const OptionalTensor& residual, const std::vector<int64_t>& padding, int64_t tile,
-                     bool transposed) {
-  const Weight found = weight_for(x, weight, transposed, tile);
-  if (residual) require_channels_last(*residual, "conv_winograd");
+Weight weight_for(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Windows& windows,
+                  int64_t tile, bool transposed) {
+  const DType dtype = dtype_of(x);
+  STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16,
+                  "conv: x must be float32 or bfloat16; convert it");
+  STD_TORCH_CHECK(is_channels_last(x), "conv: x must be in channels_last; convert it");
+  STD_TORCH_CHECK(weight.dim() == 4 && dtype_of(weight) == dtype,
+                  "conv: the weight must have x's dtype and four dimensions");
+  STD_TORCH_CHECK(!bias || dtype_of(*bias) == DType::kFloat32, "conv: the bias must be float32; convert it");
+  const Weight found(weight, transposed);
+  STD_TORCH_CHECK(x.size(1) == found.inputs, "conv: x has ", x.size(1), " channels, and the weight is for ",
+                  found.inputs);
+  STD_TORCH_CHECK(has_form(dtype, found, windows, tile), "conv: these windows have no tile of ", tile);
+  return found;
+}
+
+void require_residual(const Tensor& x, const Tensor& residual) {
+  STD_TORCH_CHECK(dtype_of(residual) == dtype_of(x) && is_channels_last(residual),
+                  "conv: the residual must be in channels_last and have x's dtype; convert it");
+}
+
+Tensor conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+            const std::vector<int64_t>& dilation, int64_t tile, bool transposed) {
+  const Windows windows{stride, padding, dilation};
+  const Weight found = weight_for(x, weight, bias, windows, tile, transposed);
+  if (residual) require_residual(x, *residual);
   const Tensor y = empty_channels_last(
-      x, {x.size(0), found.outputs, axis(x, padding, 0).outputs, axis(x, padding, 1).outputs});
-  convolve(x, found, bias, residual ? &*residual : nullptr, y, padding, tile);
+      x, {x.size(0), found.outputs, windows.axis(x, found, 0).outputs, windows.axis(x, found, 1).outputs});
+  convolve(x, found, bias, residual ? &*residual : nullptr, y, windows, tile);
   return y;
 }
 
-void conv_winograd_(const Tensor& x, const Tensor& weight, const Tensor& residual,
-                    const std::vector<int64_t>& padding, int64_t tile, bool transposed) {
-  const Weight found = weight_for(x, weight, transposed, tile);
-  require_channels_last(residual, "conv_winograd_");
-  convolve(x, found, std::nullopt, &residual, residual, padding, tile);
+void conv_(const Tensor& x, const Tensor& weight, const Tensor& residual, const std::vector<int64_t>& stride,
+           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t tile,
+           bool transposed) {
+  const Windows windows{stride, padding, dilation};
+  const Weight found = weight_for(x, weight, std::nullopt, windows, tile, transposed);
+  require_residual(x, residual);
+  convolve(x, found, std::nullopt, &residual, residual, windows, tile);
 }
 
 // Or an empty tensor where it isn't finite.
@@ -116,7 +149,7 @@ Tensor conv_dweight(const Tensor& dy, const Tensor& x, const std::vector<int64_t
 }  // namespace fusedres
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
-  m.impl("conv_winograd", TORCH_BOX(&fusedres::conv_winograd));
-  m.impl("conv_winograd_", TORCH_BOX(&fusedres::conv_winograd_));
+  m.impl("conv", TORCH_BOX(&fusedres::conv));
+  m.impl("conv_", TORCH_BOX(&fusedres::conv_));
   m.impl("conv_dweight", TORCH_BOX(&fusedres::conv_dweight));
 }

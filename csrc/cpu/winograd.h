@@ -163,6 +163,14 @@ struct Winograd<7> {
     return (k > 0 ? place : 1) * (k > 1 ? place : 1) / divisor;
   }
   template <class V>
+  static FUSEDRES_HOST_DEVICE void weights(const V (&w)[3], V (&u)[kPoints]) {
+    weight_pair<0>(w, u);
+    weight_pair<1>(w, u);
+    weight_pair<2>(w, u);
+    weight_pair<3>(w, u);
+    u[8] = w[2];
+  }
+  template <class V>
   static FUSEDRES_HOST_DEVICE void input(const V (&d)[kPoints], V (&t)[kPoints]) {
     input_pair<0>(d, t);
     input_pair<1>(d, t);
@@ -192,6 +200,14 @@ struct Winograd<7> {
  private:
   static constexpr double power(double x, int n) { return n == 0 ? 1 : x * power(x, n - 1); }
 
+  template <int kPair, class V>
+  static FUSEDRES_HOST_DEVICE void weight_pair(const V (&w)[3], V (&u)[kPoints]) {
+    constexpr int kPoint = 2 * kPair;
+    const V odd = splat<V>(filter(kPoint, 1)) * w[1];
+    const V even = splat<V>(filter(kPoint, 0)) * w[0] + splat<V>(filter(kPoint, 2)) * w[2];
+    u[kPoint] = odd + even;
+    u[kPoint + 1] = odd - even;
+  }
   template <int kPair, class V>
   static FUSEDRES_HOST_DEVICE void input_pair(const V (&d)[kPoints], V (&t)[kPoints]) {
     constexpr Others c = others(kPair);

@@ -1,16 +1,18 @@
-"""conv in the compiled CPU library: Winograd's form of a 3x3 convolution and of its two gradients, with fewer products.
+"""conv in the compiled CPU library: a training step's convolutions and their two gradients.
 
-    conv_winograd(x, weight, bias, residual, padding, tile, transposed) -> y, or dx of dy where it is transposed
-    conv_winograd_(x, weight, residual, padding, tile, transposed): written over the residual
+    conv(x, weight, bias, residual, ..., tile, transposed) -> y, or dx of dy where it is transposed
+    conv_(x, weight, residual, ..., tile, transposed): written over the residual
     conv_dweight(dy, x, padding, tile) -> dweight; empty where a sum of it is not finite
 
-float32, channels_last, stride 1. The weight is transformed in every call, so that it is never out of date. With any
-other windows aten comes as close to what the machine can do.
+channels_last, float32 or bfloat16 with sums in float32, the bias always in float32. A tile of 1 is the direct form, of
+2, 4 or 7 Winograd's (see `native_convolution`). The weight is packed in every call, so that it is never out of date.
+In float32 the direct form is left to aten, which comes as close to what the machine can do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,26 +22,29 @@ from fusedres.backends.native_convolution import winograd_tile
 
 _KERNEL = (3, 3)
 _LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
-_WEIGHT = "int[2] padding, int tile, bool transposed"
-_LIBRARY.define(f"conv_winograd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, {_WEIGHT}) -> Tensor")
-_LIBRARY.define(f"conv_winograd_(Tensor x, Tensor weight, Tensor(a!) residual, {_WEIGHT}) -> ()")
+_WINDOWS = "int[2] stride, int[2] padding, int[2] dilation, int tile, bool transposed"
+_LIBRARY.define(f"conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, {_WINDOWS}) -> Tensor")
+_LIBRARY.define(f"conv_(Tensor x, Tensor weight, Tensor(a!) residual, {_WINDOWS}) -> ()")
 _LIBRARY.define("conv_dweight(Tensor dy, Tensor x, int[2] padding, int tile) -> Tensor")
 
 
-def _fake_winograd(
+def _fake_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    stride: Sequence[int],
     padding: Sequence[int],
+    dilation: Sequence[int],
     tile: int,
     transposed: bool,
 ) -> Tensor:
-    rows, columns = (size + 2 * pad - 2 for size, pad in zip(x.shape[2:], padding, strict=True))
+    geometry = Geometry(*((rows, columns) for rows, columns in (stride, padding, dilation)))
+    rows, columns = geometry.output_size((weight.shape[2], weight.shape[3]), *x.shape[2:])
     return x.new_empty((x.shape[0], rows, columns, weight.shape[1 if transposed else 0])).permute(0, 3, 1, 2)
 
 
-def _fake_winograd_in_place(*arguments: object) -> None:
+def _fake_conv_in_place(*arguments: object) -> None:
     pass
 
 
@@ -48,8 +53,8 @@ def _fake_dweight(dy: Tensor, x: Tensor, padding: Sequence[int], tile: int) -> T
 
 
 for _name, _fake in (
-    ("conv_winograd", _fake_winograd),
-    ("conv_winograd_", _fake_winograd_in_place),
+    ("conv", _fake_conv),
+    ("conv_", _fake_conv_in_place),
     ("conv_dweight", _fake_dweight),
 ):
     torch.library.register_fake(f"fusedres_native::{_name}", _fake, lib=_LIBRARY)
@@ -60,29 +65,49 @@ _FEWEST_TILES = 64
 _FRESH_READ = 45
 
 
-def tiles(sizes: Sequence[int], weight_sizes: Sequence[int], geometry: Geometry) -> tuple[int, int, int]:
-    """Of y, of dx and of dweight; 1 where Winograd's form doesn't pay."""
+class Tiles(NamedTuple):
+    """What each of a training step's three results is computed with; 0 where aten does."""
+
+    of_y: int
+    of_dx: int
+    of_dweight: int
+
+
+def tiles(
+    sizes: Sequence[int], weight_sizes: Sequence[int], geometry: Geometry, dtype: torch.dtype = torch.float32
+) -> Tiles:
+    """By the work that it takes, counted."""
     images, inputs, height, width = sizes
     outputs, _, *kernel = weight_sizes
-    if tuple(kernel) != _KERNEL or geometry != Geometry(padding=geometry.padding) or max(geometry.padding) > 2:
-        return 1, 1, 1
-    rows, columns = geometry.output_size(_KERNEL, height, width)
-    of_y = winograd_tile(inputs, outputs, images, rows, columns, read=_FRESH_READ)
-    of_dx = winograd_tile(outputs, inputs, images, height, width, read=_FRESH_READ)
-    if 1 in (of_y, of_dx):
-        return 1, 1, 1
-    of_dweight = of_y
-    if of_dweight == 4 and images * -(-rows // 4) * -(-columns // 4) < _FEWEST_TILES:
-        of_dweight = 2
-    return of_y, of_dx, of_dweight
+    if geometry.groups > 1:
+        return Tiles(0, 0, 0)
+    of_y = of_dx = of_dweight = 1
+    if tuple(kernel) == _KERNEL and geometry == Geometry(padding=geometry.padding):
+        rows, columns = geometry.output_size(_KERNEL, height, width)
+        of_y = winograd_tile(inputs, outputs, images, rows, columns, dtype, read=_FRESH_READ)
+        of_dx = winograd_tile(outputs, inputs, images, height, width, dtype, read=_FRESH_READ)
+        of_dweight = min(of_y, 4)
+        if of_dweight == 4 and images * -(-rows // 4) * -(-columns // 4) < _FEWEST_TILES:
+            of_dweight = 2
+    if geometry.stride != (1, 1) or min(_turned(kernel, geometry)) < 0:
+        of_dx = 0
+    if dtype is torch.float32:
+        return Tiles(of_y, of_dx, of_dweight) if min(of_y, of_dx) > 1 else Tiles(0, 0, 0)
+    return Tiles(of_y, of_dx, 0)
+
+
+def _turned(kernel: Sequence[int], geometry: Geometry) -> tuple[int, int]:
+    """The padding of dy for dx: its windows reach as far beyond dy as x's didn't reach beyond x."""
+    rows, columns = (d * (k - 1) - pad for k, pad, d in zip(kernel, geometry.padding, geometry.dilation, strict=True))
+    return rows, columns
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    tile, _, _ = tiles(x.shape, weight.shape, geometry)
-    if tile == 1 or not reference.is_rows(x):
+    tile = tiles(x.shape, weight.shape, geometry, x.dtype).of_y
+    if not tile or not reference.is_rows(x):
         return reference.conv_forward(x, weight, bias, geometry)
-    bias = None if bias is None else bias.contiguous()
-    return torch.ops.fusedres_native.conv_winograd(x, weight, bias, None, geometry.padding, tile, False)
+    bias = None if bias is None else bias.float().contiguous()
+    return torch.ops.fusedres_native.conv(x, weight, bias, None, *geometry[:3], tile, False)
 
 
 def backward(
@@ -94,28 +119,32 @@ def backward(
     residual: Tensor | None,
     in_place: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    wants_dx, wants_dweight, wants_dbias = wanted
-    _, of_dx, of_dweight = tiles(x.shape, weight.shape, geometry)
-    if of_dweight == 1 or not reference.is_rows(dy, x, dy if residual is None else residual):
-        return reference.conv_backward(dy, x, weight, geometry, wanted, residual, in_place)
-    operators = torch.ops.fusedres_native
+    _, of_dx, of_dweight = tiles(x.shape, weight.shape, geometry, x.dtype)
+    if not reference.is_rows(dy, x, dy if residual is None else residual):
+        of_dx = of_dweight = 0
     dx = dweight = None
-    if wants_dx:
-        # The transposed weight's windows reach as far beyond dy as x's didn't reach beyond x.
-        padding = 2 - geometry.padding[0], 2 - geometry.padding[1]
-        if residual is not None and in_place:
-            operators.conv_winograd_(dy, weight, residual, padding, of_dx, True)
-            dx = residual
-        else:
-            dx = operators.conv_winograd(dy, weight, None, residual, padding, of_dx, True)
-    if wants_dweight:
-        dweight = operators.conv_dweight(dy, x, geometry.padding, of_dweight)
-    # Infinity and NaN spread over Winograd's tiles; aten has them where they belong.
-    again = dweight is not None and dweight.numel() == 0
-    if again or wants_dbias:
-        _, found, dbias = reference.conv_backward(dy, x, weight, geometry, (False, again, wants_dbias), None, False)
-        return dx, found if again else dweight, dbias
-    return dx, dweight, None
+    if wanted[0] and of_dx:
+        dx = _dx(dy, weight, geometry, of_dx, residual, in_place)
+    if wanted[1] and of_dweight:
+        # Infinity and NaN spread over Winograd's tiles; aten has them where they belong.
+        found = torch.ops.fusedres_native.conv_dweight(dy, x, geometry.padding, of_dweight)
+        dweight = found if found.numel() else None
+    own = dx, dweight, None
+    rest = [asked and found is None for asked, found in zip(wanted, own, strict=True)]
+    if not any(rest):
+        return own
+    others = reference.conv_backward(dy, x, weight, geometry, rest, residual if rest[0] else None, in_place)
+    dx, dweight, dbias = (theirs if left else ours for ours, theirs, left in zip(own, others, rest, strict=True))
+    return dx, dweight, dbias
+
+
+def _dx(dy: Tensor, weight: Tensor, geometry: Geometry, tile: int, residual: Tensor | None, in_place: bool) -> Tensor:
+    operators = torch.ops.fusedres_native
+    windows = geometry.stride, _turned(weight.shape[2:], geometry), geometry.dilation, tile, True
+    if residual is None or not in_place:
+        return operators.conv(dy, weight, None, residual, *windows)
+    operators.conv_(dy, weight, residual, *windows)
+    return residual
 
 
 TRAINING_CONVOLUTION = TrainingConvolution(forward, backward)
@@ -125,9 +154,9 @@ def objection(request: Request) -> str | None:
     """Why the kernels can't serve a request, or shouldn't, as one sentence."""
     if request.geometry is None:
         return "it has to know the sizes"
-    if request.dtype != torch.float32:
-        return f"it computes training's convolutions in float32, not {str(request.dtype).removeprefix('torch.')}"
     reason = native_convolution.objection(request)
-    if reason is None and 1 in tiles(request.sizes, request.weight_sizes, request.geometry):
+    if reason is None and request.geometry.groups > 1:
+        reason = "its convolutions of a training step have one group"
+    if reason is None and not any(tiles(request.sizes, request.weight_sizes, request.geometry, request.dtype)):
         reason = "aten is as fast where Winograd's form of a convolution doesn't save products"
     return reason

@@ -28,6 +28,7 @@ CLASSES = (
 )
 OTHER = "other"
 _OPERATOR = re.compile(r"(aten|fusedres_\w+)::")
+_OWN = re.compile(r"fusedres_native::conv_?")
 _WINDOW = (3, 3)  # of conv_dweight
 _ELEMENTWISE = ("fused", "bn", "relu", "add")
 
@@ -129,7 +130,7 @@ def _operands(convolution: FunctionEvent) -> tuple[Shape, Shape]:
         return second, others[0]
     if "dweight" in convolution.name:
         return second, (first[1], second[1], *_WINDOW)
-    if "winograd" in convolution.name and first[1] != second[1]:  # dy, of x's size where windows are padded by 1
+    if first[1] != second[1] and _OWN.fullmatch(convolution.name):  # dy, of x's size where windows are padded
         return (first[0], second[1], *first[2:]), second
     return first, second
 

@@ -168,21 +168,32 @@ class Round {
                        draw(2) ? y : nullptr, y});
   }
 
-  void conv_training() {
+  void conv_repack() {
+    const int64_t inputs = pick<int64_t>({1, 3, 16, 21, 600}), outputs = pick<int64_t>({1, 7, 16, 33, 70});
+    const int64_t tile = dtype_ == DType::kBFloat16 ? pick<int64_t>({1, 2, 4, 7}) : pick<int64_t>({1, 2, 4});
+    const int64_t rows = tile > 1 ? 3 : 1 + draw(4), columns = tile > 1 ? 3 : 1 + draw(4);
+    // As the weight lies, turned round, and with its channels exchanged.
+    const int64_t sign = draw(2) ? 1 : -1, window = rows * columns;
+    const bool exchanged = draw(2);
+    const int64_t strides[] = {exchanged ? 1 : window * inputs, exchanged ? window * outputs : 1,
+                               sign * columns * (exchanged ? outputs : inputs),
+                               sign * (exchanged ? outputs : inputs)};
+    const int64_t last = (rows - 1) * columns + columns - 1, turned = sign > 0 ? 0 : last * -strides[3];
+    const char* const weight = static_cast<const char*>(arrays_.filled(outputs * window * inputs, dtype_));
+    const ConvWeights shape{dtype_, 1, inputs, outputs, rows, columns, tile};
+    variant_.conv_repack({inputs, outputs, rows, columns, tile, dtype_, weight + turned * size_of(dtype_),
+                          strides, arrays_.empty(shape.elements(), dtype_)});
+  }
+
+  void conv_dweight() {
     const int64_t tile = pick<int64_t>({2, 4}), images = 1 + draw(3);
     const int64_t inputs = pick<int64_t>({1, 3, 16, 21, 600}), outputs = pick<int64_t>({1, 7, 16, 33, 70});
     auto floats = [&](int64_t count) { return static_cast<float*>(arrays_.filled(count, dtype_)); };
-    auto room = [&](int64_t count) { return static_cast<float*>(arrays_.empty(count, dtype_)); };
-    // The weight as it is, and turned round.
-    const ConvWeights shape{dtype_, 1, inputs, outputs, 3, 3, tile};
-    const int64_t sign = draw(2) ? 1 : -1, strides[] = {9 * inputs, 1, sign * 3 * inputs, sign * inputs};
-    const float* const weight = floats(outputs * shape.depth());
-    variant_.conv_repack({inputs, outputs, 3, 3, tile, sign > 0 ? weight : weight + 8 * inputs, strides,
-                          room(shape.elements())});
     const ConvAxis rows = window(tile), columns = window(tile);
-    variant_.conv_dweight(
-        {images, inputs, outputs, tile, rows, columns, floats(images * rows.size * columns.size * inputs),
-         floats(images * rows.outputs * columns.outputs * outputs), room(outputs * shape.depth())});
+    variant_.conv_dweight({images, inputs, outputs, tile, rows, columns,
+                           floats(images * rows.size * columns.size * inputs),
+                           floats(images * rows.outputs * columns.outputs * outputs),
+                           static_cast<float*>(arrays_.empty(outputs * 9 * inputs, dtype_))});
   }
 
  private:
@@ -285,8 +296,10 @@ int main(int, char** arguments) {
         calls.affine_act();
         calls.bn_act();
         calls.bn_act_pool();
-        if (dtype == DType::kFloat32 || dtype == DType::kBFloat16) calls.conv_act();
-        if (dtype == DType::kFloat32) calls.conv_training();
+        if (dtype == DType::kFloat64 || dtype == DType::kFloat16) continue;
+        calls.conv_act();
+        if (variant.conv_repack) calls.conv_repack();
+        if (dtype == DType::kFloat32) calls.conv_dweight();
       }
     }
     std::printf("%s: %d rounds of every data type\n", variant.name, rounds);

@@ -1,0 +1,181 @@
+"""The compiled convolutions of a training step in bfloat16; test_native_backend.py has every instruction set."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+from eager import pair, sample
+from test_native_training import channels_last, operators, relative_error
+
+from fusedres import dispatch
+from fusedres.backends import Geometry, Request, native, native_training, reference
+
+pytestmark = pytest.mark.usefixtures("native")
+
+BF16 = torch.bfloat16
+
+
+class Shape(NamedTuple):
+    inputs: int
+    outputs: int
+    kernel: tuple[int, int]
+    size: tuple[int, int]
+    images: int = 2
+    geometry: Geometry = Geometry()
+    tile: int = 1
+
+
+# Channels and pixels that fill neither vectors nor pairs nor blocks, and windows of every kind.
+DIRECT = (
+    Shape(16, 32, (1, 1), (5, 7)),
+    Shape(33, 47, (1, 1), (3, 3), 3),
+    Shape(1, 1, (1, 1), (1, 1), 1),
+    Shape(64, 70, (1, 1), (9, 6), 2, Geometry((2, 2))),
+    Shape(17, 24, (3, 3), (11, 9), 2, Geometry((2, 2), (1, 1))),
+    Shape(40, 19, (3, 3), (8, 8), 2, Geometry((1, 1), (1, 1))),
+    Shape(20, 21, (3, 2), (9, 8), 2, Geometry((1, 1), (2, 0), (2, 3))),
+    Shape(3, 64, (7, 7), (20, 19), 2, Geometry((2, 2), (3, 3))),
+    Shape(5, 33, (1, 5), (6, 9), 1, Geometry((1, 1), (0, 2))),
+)
+TILED = [
+    Shape(*channels, (3, 3), size, images, Geometry(padding=padding), tile)
+    for tile in (2, 4, 7)
+    for channels, size, images, padding in (
+        ((16, 32), (14, 14), 2, (1, 1)),
+        ((33, 47), (9, 8), 3, (0, 2)),
+        ((70, 17), (15, 29), 1, (2, 1)),
+    )
+]
+
+
+class Case:
+    """Random operands of one shape, and what fp64 makes of them."""
+
+    def __init__(self, shape: Shape) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.shape = shape
+        self.x = channels_last(torch.randn(shape.images, shape.inputs, *shape.size, generator=g).to(BF16))
+        weight = torch.randn(shape.outputs, shape.inputs, *shape.kernel, generator=g)
+        self.weight = (weight / (weight[0].numel()) ** 0.5).to(BF16)
+        self.bias = torch.randn(shape.outputs, generator=g)
+        sizes = shape.geometry.output_size(shape.kernel, *shape.size)
+        self.dy = channels_last(torch.randn(shape.images, shape.outputs, *sizes, generator=g).to(BF16))
+        self.residual = channels_last(torch.randn(self.x.shape, generator=g).to(BF16))
+
+    @property
+    def windows(self) -> tuple[tuple[int, int], ...]:
+        return self.shape.geometry[:3]
+
+    @property
+    def turned(self) -> tuple[tuple[int, int], ...]:
+        """The windows that take dy to dx."""
+        stride, padding, dilation = self.windows
+        rows, columns = (d * (k - 1) - p for k, p, d in zip(self.shape.kernel, padding, dilation, strict=True))
+        return stride, (rows, columns), dilation
+
+    def layouts(self):
+        """The weight as users have it, and with gaps between its values."""
+        outputs, inputs, *kernel = self.weight.shape
+        gaps = torch.zeros(kernel[0], inputs, 2 * outputs, 2 * kernel[1], dtype=BF16)
+        yield from (self.weight, channels_last(self.weight), gaps.permute(2, 1, 0, 3)[::2, ..., ::2].copy_(self.weight))
+
+    def y(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        x, weight, bias = (t.to(dtype) for t in (self.x, self.weight, self.bias))
+        return reference.conv_forward(x, weight, bias, self.shape.geometry)
+
+    def dx(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        dy, x, weight = (t.to(dtype) for t in (self.dy, self.x, self.weight))
+        dx, _, _ = reference.conv_backward(dy, x, weight, self.shape.geometry, (True, False, False), None, False)
+        assert dx is not None
+        return dx
+
+
+@pytest.mark.parametrize("shape", [*DIRECT, *TILED], ids=repr)
+def test_y_is_inferences(shape):
+    case, inference = Case(shape), operators()
+    packed = inference.conv_act_pack(case.weight, 1, shape.tile)
+    expected = inference.conv_act(case.x, packed, case.bias, None, *case.windows, 1, 0)
+    for weight in case.layouts():
+        y = operators().conv(case.x, weight, case.bias, None, *case.windows, shape.tile, False)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        if shape.tile == 1:
+            assert torch.equal(y, expected)
+        assert relative_error(y, case.y()) <= 1.1 * relative_error(case.y(BF16), case.y()), "eager's"
+
+
+@pytest.mark.parametrize("shape", [s for s in (*DIRECT, *TILED) if s.geometry.stride == (1, 1)], ids=repr)
+def test_dx_is_the_formula_in_fp64(shape):
+    case = Case(shape)
+    exact = case.dx()
+    for weight in case.layouts():
+        dx = operators().conv(case.dy, weight, None, None, *case.turned, shape.tile, True)
+        assert relative_error(dx, exact) <= 1.1 * relative_error(case.dx(BF16), exact), "eager's"
+        joined = operators().conv(case.dy, weight, None, case.residual, *case.turned, shape.tile, True)
+        in_place = case.residual.clone()
+        operators().conv_(case.dy, weight, in_place, *case.turned, shape.tile, True)
+        assert torch.equal(in_place, joined)
+        added = exact + case.residual
+        assert relative_error(joined, added) <= 1.1 * relative_error(added.to(BF16), added)
+
+
+@pytest.mark.parametrize("shape", [s for s in (*DIRECT, *TILED) if s.tile in (1, 7)], ids=repr)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_pair_that_a_segment_calls(shape, in_place):
+    case, geometry = Case(shape), shape.geometry
+    y = native_training.forward(case.x, case.weight, case.bias.to(BF16), geometry)
+    assert relative_error(y, case.y()) <= 1.1 * relative_error(case.y(BF16), case.y())
+    before = case.residual.clone()
+    operands = case.dy, case.x, case.weight, geometry
+    dx, dweight, dbias = native_training.backward(*operands, (True, True, True), case.residual, in_place)
+    _, *expected = reference.conv_backward(*(t.double() for t in operands[:3]), geometry, (True,) * 3, None, False)
+    added = case.dx() + before
+    assert relative_error(dx, added) <= 1.5 * relative_error(added.to(BF16), added)
+    assert (dx is case.residual) or torch.equal(case.residual, before)
+    for found, exact in zip((dweight, dbias), expected, strict=True):
+        assert found.dtype in (BF16, torch.float32)
+        assert relative_error(found, exact) <= 1.1 * relative_error(exact.to(BF16), exact) + 1e-3
+
+
+def request(shape: Shape, **changes: object) -> Request:
+    made = Request(
+        "conv",
+        "cpu",
+        BF16,
+        "channels_last",
+        "identity",
+        parameter_dtype=BF16,
+        wants_gradient=True,
+        sizes=(shape.images, shape.inputs, *shape.size),
+        weight_sizes=(shape.outputs, shape.inputs, *shape.kernel),
+        geometry=shape.geometry,
+    )
+    return made._replace(**changes)
+
+
+def test_the_kernels_have_every_window_of_one_group():
+    for shape in DIRECT:
+        assert dispatch.convolving(request(shape)) is native.BACKEND
+    grouped = request(DIRECT[0], geometry=Geometry(groups=2))
+    assert "one group" in (native.objection(grouped) or "")
+    assert "contiguous in memory" in (native.objection(request(DIRECT[0], layout="contiguous")) or "")
+
+
+@pytest.mark.parametrize("build", [("BasicBlock", 32, 40), ("Bottleneck", 64, 32)], ids=str)
+def test_blocks_under_autocast_are_as_accurate_as_eager(build):
+    fused, eager = pair(*build, dtype=torch.float32)
+    x = channels_last(sample(4, fused.conv1.in_channels, 16, 16, dtype=torch.float32))
+    found = []
+    for block, dtype in ((fused, BF16), (eager, BF16), (copy.deepcopy(eager).double(), None)):
+        leaf = x.to(block.conv1.weight.dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", BF16, enabled=dtype is BF16):
+            y = block.to(memory_format=torch.channels_last)(leaf)
+        g = torch.Generator().manual_seed(1)
+        y.backward(channels_last(torch.randn(y.shape, generator=g).to(y.dtype)))
+        parameters = {name: p.grad for name, p in block.named_parameters()}
+        assert all(p.grad.dtype == p.dtype for p in block.parameters())
+        found.append({"y": y.detach(), "dx": leaf.grad} | parameters)
+    for name, exact in found[2].items():
+        assert relative_error(found[0][name], exact) <= 1.1 * relative_error(found[1][name], exact) + 1e-6, name
