@@ -39,8 +39,10 @@ KERNELS = (
     "cpu/conv_act.cpp",
     "cpu/conv_block.cpp",
     "cpu/conv_winograd.cpp",
+    "cpu/conv_dweight.cpp",
+    "cpu/conv_dweight_winograd.cpp",
 )
-FLOAT_KERNELS = ("cpu/conv_dweight.cpp", "cpu/conv_repack.cpp")
+FLOAT_KERNELS = ("cpu/conv_repack.cpp",)
 
 _AVX512_FLAGS = (
     "-mavx512f",
@@ -73,7 +75,12 @@ PLAIN = ("cpu/arena.cpp", "cpu/conv_pack.cpp", "cpu/facts.cpp", "cpu/isa.cpp")
 
 # These include torch's headers, those of the stable ABI: every library's, and the CPU library's alone.
 BINDINGS = ("bindings/operands.cpp", "bindings/tensors.cpp")
-CPU_BINDINGS = ("bindings/bn_act_pool.cpp", "bindings/conv_training.cpp", "bindings/cpu.cpp")
+CPU_BINDINGS = (
+    "bindings/bn_act_pool.cpp",
+    "bindings/conv_dweight.cpp",
+    "bindings/conv_training.cpp",
+    "bindings/cpu.cpp",
+)
 
 CUDA_FLAGS = ("-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra")
 

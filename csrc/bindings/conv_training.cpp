@@ -1,4 +1,5 @@
-// The convolutions of a training step as operators of the CPU library.
+// The convolutions of a training step, all but the gradients of their weights, as operators of the CPU
+// library.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -14,25 +15,7 @@
 namespace fusedres {
 namespace {
 
-constexpr int64_t kKernel = 3;
-
 float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
-
-void require_channels_last(const Tensor& t, const char* op) {
-  STD_TORCH_CHECK(dtype_of(t) == DType::kFloat32 && is_channels_last(t), op,
-                  ": its tensors must be float32 in channels_last; convert them");
-}
-
-void require_tile(int64_t tile, const char* op) {
-  STD_TORCH_CHECK(tile == 2 || tile == 4, op, ": the tile must be 2 or 4; got ", tile);
-}
-
-int64_t outputs_of(int64_t size, int64_t padding) { return size + 2 * padding - (kKernel - 1); }
-
-ConvAxis axis(const Tensor& x, const std::vector<int64_t>& padding, int index) {
-  const int64_t size = x.size(2 + index);
-  return {size, outputs_of(size, padding[index]), kKernel, 1, padding[index], 1};
-}
 
 // A weight as a convolution reads it; `transposed`: the one that takes dy to dx.
 struct Weight {
@@ -131,25 +114,10 @@ void conv_(const Tensor& x, const Tensor& weight, const Tensor& residual, const 
   convolve(x, found, std::nullopt, &residual, residual, windows, tile);
 }
 
-// Or an empty tensor where it isn't finite.
-Tensor conv_dweight(const Tensor& dy, const Tensor& x, const std::vector<int64_t>& padding, int64_t tile) {
-  for (const Tensor* t : {&dy, &x}) require_channels_last(*t, "conv_dweight");
-  require_tile(tile, "conv_dweight");
-  const ConvAxis rows = axis(x, padding, 0), columns = axis(x, padding, 1);
-  STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.size(2) == rows.outputs && dy.size(3) == columns.outputs,
-                  "conv_dweight: dy doesn't belong to a 3x3 convolution of x");
-  const Tensor dweight = empty_channels_last(x, {dy.size(1), x.size(1), kKernel, kKernel});
-  const bool finite = variant_for(DType::kFloat32)
-                          .conv_dweight({x.size(0), x.size(1), dy.size(1), tile, rows, columns, floats(x),
-                                         floats(dy), floats(dweight)});
-  return finite ? dweight : empty_nothing(x);
-}
-
 }  // namespace
 }  // namespace fusedres
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("conv", TORCH_BOX(&fusedres::conv));
   m.impl("conv_", TORCH_BOX(&fusedres::conv_));
-  m.impl("conv_dweight", TORCH_BOX(&fusedres::conv_dweight));
 }

@@ -155,6 +155,10 @@ Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& sizes
   return empty_strided(like, raw_dtype(like), sizes, channels_last_strides(sizes));
 }
 
+Tensor empty_channels_last_accumulation(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return empty_strided(like, accumulation_dtype(like), sizes, channels_last_strides(sizes));
+}
+
 Tensor empty_nothing(const Tensor& x) { return empty_strided(x, raw_dtype(x), {0}, {1}); }
 
 }  // namespace fusedres

@@ -75,6 +75,7 @@ Tensor empty_accumulation(const Tensor& x, const std::vector<int64_t>& sizes);  
 // Whether t is dense in channels_last order, whatever its strides along sizes of 1.
 bool is_channels_last(const Tensor& t);
 Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& sizes);
+Tensor empty_channels_last_accumulation(const Tensor& like, const std::vector<int64_t>& sizes);
 Tensor empty_nothing(const Tensor& x);
 Tensor empty_bytes(const Tensor& like, const std::vector<int64_t>& sizes);
 

@@ -1,235 +1,220 @@
-#include <atomic>
-
-#include "conv_weights.h"
-#include "walk.h"
-#include "winograd.h"
+#include "conv_dweight.h"
 
 namespace fusedres::FUSEDRES_ISA {
 namespace {
 
 constexpr int kLanes = Vec<float>::kLanes;
-constexpr int64_t kPanel = ConvWeights::kPanel;
-constexpr int64_t kBlock = 2 * kPanel;  // channels of dy, and of x, that a block of dweight has
-constexpr int64_t kGap = 16;            // between arrays that shall not fall on each other in the cache
+constexpr int64_t kRunSteps = 128;
+constexpr int64_t kBlockRows = 128;  // outputs of a block of dweight
+constexpr int64_t kMostGroups = 16;
+constexpr int64_t kGroupBytes = int64_t{256} << 10;  // that a group's sums may take
 
-// Rows at a time of a block's sums, and vectors of a row.
-#if defined(__AVX512F__)
-constexpr int kRows = 8;
-#elif defined(__AVX2__)
-constexpr int kRows = 4;
-#else
-constexpr int kRows = 2;
-#endif
-constexpr int kVectors = 2;
-
-constexpr int64_t kTerms = 16;  // steps that are added up in one go: a longer sum loses more digits
-
-// sums[r][lane] = the sum over steps of dy[step][r] * x[step][lane], for kVectors vectors of x, `apart` from
-// each other, whose steps are panels.
-void multiply(const float* dy, const float* x, int64_t apart, int64_t steps, float* sums) {
-  for (int64_t step = 0; step < steps;) {
-    const bool fresh = step == 0;
-    Vec<float> sum[kRows][kVectors] = {};
-    for (const int64_t end = minimum(step + kTerms, steps); step < end; ++step, dy += kPanel, x += kPanel) {
-      Vec<float> values[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) values[v] = load(x + v * apart, AllLanes{});
-#pragma GCC unroll 8
-      for (int row = 0; row < kRows; ++row) {
-        const Vec<float> slope = broadcast(dy[row]);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sum[row][v] = multiply_add(slope, values[v], sum[row][v]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        float* const to = sums + row * kBlock + v * kLanes;
-        store(to, fresh ? sum[row][v] : load(to, AllLanes{}) + sum[row][v]);
-      }
-  }
-}
-
-// Values of some steps, transformed: (points, panels, steps, kPanel).
-struct Panels {
-  int64_t channels;
-  int64_t steps;
-  float* begin;
-
-  int64_t count() const { return ceil_div(channels, kPanel); }
-  int64_t point() const { return count() * steps * kPanel + kGap; }
-  float* at(int64_t of_point, int64_t channel, int64_t step) const {
-    return begin + of_point * point() + (channel / kPanel * steps + step) * kPanel + channel % kPanel;
-  }
-};
-
-constexpr int64_t kScratchBytes = int64_t{4} << 20;
-constexpr int64_t kFewestSteps = 64, kMostSteps = 384;
-
-// A step is one tile of dy, and what of x its windows see. At every point of the transformed tile dweight is
-// a product of matrices, summed over some steps in registers, over more in cache, and over all in dweight.
-template <int kTile>
-class Dweight {
-  using W = Winograd<kTile>;
-  static constexpr int kSide = W::kPoints, kTaps = 3;
-  static constexpr int64_t kPoints = kSide * kSide;
-  static constexpr int64_t kSums = kBlock * kBlock + kGap;  // of a point
-
+// dweight[o][tap][i] = the sum over pixels p of dy[p][o] * x[what `tap` of p's window sees][i]
+//
+// A step is two neighbouring pixels of dy, and a point a tap. Where there are few inputs, the whole window is
+// one point, and a tap is one of its rows. The sums of a run of steps stay in registers; the runs are either
+// shared out in groups, whose sums are added up in the end, or gone through one by one, each by all threads.
+class Direct {
  public:
-  explicit Dweight(const ConvDweight& op)
+  explicit Direct(const ConvDweight& op)
       : op_(op),
-        tile_rows_(ceil_div(op.rows.outputs, kTile)),
-        tile_columns_(ceil_div(op.columns.outputs, kTile)),
-        tiles_(op.images * tile_rows_ * tile_columns_),
-        x_{op.inputs, 0, nullptr},
-        dy_{op.outputs, 0, nullptr} {
-    const int64_t bytes = kPoints * (x_.count() + dy_.count()) * kPanel * int64_t{sizeof(float)};
-    const int64_t most = maximum(kFewestSteps, minimum(kMostSteps, kScratchBytes / bytes));
-    x_.steps = dy_.steps = ceil_div(tiles_, ceil_div(tiles_, most));
-  }
+        x_(static_cast<const BFloat16*>(op.x)),
+        dy_(static_cast<const BFloat16*>(op.dy)),
+        flat_(op.inputs < kPanel),
+        across_(flat_ ? op.columns.kernel : 1),
+        taps_(op.rows.kernel * op.columns.kernel / across_),
+        run_(across_ * op.inputs),
+        stride_(taps_ * run_),
+        size_(op.outputs * stride_),
+        points_(flat_ ? 1 : taps_),
+        channels_(stride_ / points_),
+        pixels_(op.images * op.rows.outputs * op.columns.outputs),
+        steps_(ceil_div(pixels_, 2)),
+        runs_(ceil_div(steps_, kRunSteps)),
+        groups_(size_ * int64_t{sizeof(float)} > kGroupBytes ? 1 : minimum(runs_, kMostGroups)),
+        blocks_of_x_(ceil_div(channels_, kSumColumns)),
+        blocks_(ceil_div(op.outputs, kBlockRows) * points_ * blocks_of_x_) {}
 
-  // Whether dweight is finite.
-  bool run() {
-    Arena arena;
-    x_.begin = arena.take<float>(kPoints * x_.point());
-    dy_.begin = arena.take<float>(kPoints * dy_.point());
-    const int64_t blocks_of_x = ceil_div(op_.inputs, kBlock);
-    const int64_t blocks = ceil_div(op_.outputs, kBlock) * blocks_of_x;
-    std::atomic<bool> finite{true};
-    for (int64_t first = 0; first < tiles_ && finite; first += x_.steps) {
-      const int64_t steps = minimum(x_.steps, tiles_ - first);
-      parallel(steps, kPoints * (op_.inputs + op_.outputs), [&](int64_t begin, int64_t end) {
-        for (int64_t step = begin; step < end; ++step) place(first + step, step);
-      });
-      parallel(blocks, kPoints * kBlock * kBlock * steps, [&](int64_t begin, int64_t end) {
-        Arena inner;
-        float* const sums = inner.take<float>(kPoints * kSums);
-        for (int64_t i = begin; i < end; ++i)
-          if (!compute(i / blocks_of_x * kBlock, i % blocks_of_x * kBlock, steps, first == 0, sums))
-            finite = false;
-      });
-    }
-    return finite;
+  void run() const {
+    if (groups_ > 1)
+      by_groups();
+    else
+      by_blocks();
   }
 
  private:
-  // B^T d B of x, A d A^T of dy.
-  void place(int64_t tile, int64_t step) const {
-    const int64_t image = tile / tile_columns_ / tile_rows_;
-    const int64_t row = tile / tile_columns_ % tile_rows_ * kTile, column = tile % tile_columns_ * kTile;
-    const ConvAxis &rows = op_.rows, &columns = op_.columns;
-    auto x = [&](int64_t i, int64_t j, int64_t channel, auto lanes) FUSEDRES_INLINE_LAMBDA {
-      const int64_t at_row = rows.place(row, i), at_column = columns.place(column, j);
-      if (!rows.inside(at_row) || !columns.inside(at_column)) return Vec<float>{};
-      const int64_t pixel = (image * rows.size + at_row) * columns.size + at_column;
-      return load(op_.x + pixel * op_.inputs + channel, lanes);
-    };
-    auto dy = [&](int64_t i, int64_t j, int64_t channel, auto lanes) FUSEDRES_INLINE_LAMBDA {
-      if (row + i >= rows.outputs || column + j >= columns.outputs) return Vec<float>{};
-      const int64_t pixel = (image * rows.outputs + row + i) * columns.outputs + column + j;
-      return load(op_.dy + pixel * op_.outputs + channel, lanes);
-    };
-    transform_all<kSide>(x_, step, x, [](const auto& d, auto& t) FUSEDRES_INLINE_LAMBDA { W::input(d, t); });
-    transform_all<kTile>(dy_, step, dy,
-                         [](const auto& d, auto& t) FUSEDRES_INLINE_LAMBDA { W::d_output(d, t); });
-  }
+  // Of a run.
+  struct Operands {
+    Panels<BFloat16> x, dy;
+    BFloat16* zeros;
 
-  template <int kFrom, class Value, class Along>
-  FUSEDRES_INLINE static void transform_all(const Panels& to, int64_t step, const Value& value,
-                                            const Along& along) {
-    for (int64_t channel = 0; channel < to.count() * kPanel; channel += kLanes)
-      if (channel + kLanes <= to.channels)
-        transform<kFrom>(to, step, channel, value, along, AllLanes{});
-      else
-        transform<kFrom>(to, step, channel, value, along,
-                         FirstLanes{static_cast<int>(maximum<int64_t>(0, to.channels - channel))});
-  }
-
-  // `along` the columns of a square of values, then along the rows.
-  template <int kFrom, class Value, class Along, class Lanes>
-  FUSEDRES_INLINE static void transform(const Panels& to, int64_t step, int64_t channel, const Value& value,
-                                        const Along& along, Lanes lanes) {
-    Vec<float> half[kSide][kFrom];
-    for (int j = 0; j < kFrom; ++j) {
-      Vec<float> d[kFrom], t[kSide];
-#pragma GCC unroll 6
-      for (int i = 0; i < kFrom; ++i) d[i] = value(i, j, channel, lanes);
-      along(d, t);
-#pragma GCC unroll 6
-      for (int i = 0; i < kSide; ++i) half[i][j] = t[i];
+    Operands(const Direct& of, Arena& arena)
+        : x{of.channels_, kRunSteps, of.flat_, nullptr}, dy{of.op_.outputs, kRunSteps, false, nullptr} {
+      x.begin = arena.take<BFloat16>(of.points_ * x.point());
+      dy.begin = arena.take<BFloat16>(dy.point());
+      const int64_t most = maximum(of.run_, of.op_.outputs);
+      zeros = arena.take<BFloat16>(most);
+      for (int64_t i = 0; i < most; ++i) zeros[i] = {};
     }
-    for (int i = 0; i < kSide; ++i) {
-      Vec<float> t[kSide];
-      along(half[i], t);
-#pragma GCC unroll 6
-      for (int j = 0; j < kSide; ++j) store(to.at(i * kSide + j, channel, step), t[j]);
-    }
-  }
+  };
 
-  // What these steps add to a block of dweight. Whether all of it is finite.
-  bool compute(int64_t output, int64_t input, int64_t steps, bool fresh, float* sums) const {
-    constexpr int64_t kStep = kVectors * kLanes;
-    const int64_t outputs = minimum(kBlock, op_.outputs - output);
-    const int64_t inputs = minimum(kBlock, op_.inputs - input);
-    for (int64_t point = 0; point < kPoints; ++point)
-      for (int64_t i = 0; i < inputs; i += kStep)
-        for (int64_t o = 0; o < outputs; o += kRows) {
-          // Where a second panel isn't there, the first one again.
-          const int64_t apart = kStep <= kPanel ? kLanes : inputs - i > kPanel ? x_.steps * kPanel : 0;
-          multiply(dy_.at(point, output + o, 0), x_.at(point, input + i, 0), apart, steps,
-                   sums + point * kSums + o * kBlock + i);
+  int64_t steps_of(int64_t run) const { return minimum(kRunSteps, steps_ - run * kRunSteps); }
+
+  void by_groups() const {
+    Arena arena;
+    float* const others = arena.take<float>((groups_ - 1) * size_);
+    parallel(groups_, size_ * kRunSteps, [&](int64_t begin, int64_t end) {
+      Arena inner;
+      const Operands operands(*this, inner);
+      for (int64_t group = begin; group < end; ++group) {
+        float* const sums = group ? others + (group - 1) * size_ : op_.dweight;
+        const int64_t first = group * runs_ / groups_, last = (group + 1) * runs_ / groups_;
+        for (int64_t run = first; run < last; ++run) {
+          place(operands, run, 0, steps_of(run));
+          for (int64_t block = 0; block < blocks_; ++block)
+            compute(operands, block, steps_of(run), run == first, sums);
         }
-    Vec<float> differences{};  // NaN where a value is not finite
-    for (int64_t o = 0; o < outputs; ++o)
-      for (int64_t i = 0; i < inputs; i += kLanes) {
-        float* const to = op_.dweight + (output + o) * kTaps * kTaps * op_.inputs + input + i;
-        const Vec<float> added = i + kLanes <= inputs ? add(sums + o * kBlock + i, to, fresh, AllLanes{})
-                                                      : add(sums + o * kBlock + i, to, fresh,
-                                                            FirstLanes{static_cast<int>(inputs - i)});
-        differences = differences + added;
       }
-    return !bits_above(differences, 0.0f);
+    });
+    parallel(ceil_div(size_, kLanes), groups_ * kLanes, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * kLanes; i < minimum(end * kLanes, size_); i += kLanes)
+        if (i + kLanes <= size_)
+          add(others + i, op_.dweight + i, AllLanes{});
+        else
+          add(others + i, op_.dweight + i, FirstLanes{static_cast<int>(size_ - i)});
+    });
   }
 
-  // G^T u G to every tap. Returns 0, or NaN where one is not finite.
   template <class Lanes>
-  FUSEDRES_INLINE Vec<float> add(const float* from, float* to, bool fresh, Lanes lanes) const {
-    Vec<float> half[kTaps][kSide], differences{};
-    for (int j = 0; j < kSide; ++j) {
-      Vec<float> u[kSide], w[kTaps];
-#pragma GCC unroll 6
-      for (int i = 0; i < kSide; ++i) u[i] = load(from + (i * kSide + j) * kSums, AllLanes{});
-      W::d_weights(u, w);
-#pragma GCC unroll 3
-      for (int i = 0; i < kTaps; ++i) half[i][j] = w[i];
+  FUSEDRES_INLINE void add(const float* others, float* to, Lanes lanes) const {
+    Vec<float> sum = load(to, lanes);
+    for (int64_t group = 1; group < groups_; ++group, others += size_) sum = sum + load(others, lanes);
+    store(to, sum, lanes);
+  }
+
+  void by_blocks() const {
+    Arena arena;
+    const Operands operands(*this, arena);
+    for (int64_t run = 0; run < runs_; ++run) {
+      parallel(steps_of(run), stride_ + op_.outputs,
+               [&](int64_t begin, int64_t end) { place(operands, run, begin, end); });
+      parallel(blocks_, kBlockRows * kSumColumns * kRunSteps, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block)
+          compute(operands, block, steps_of(run), run == 0, op_.dweight);
+      });
     }
-    for (int i = 0; i < kTaps; ++i) {
-      Vec<float> w[kTaps];
-      W::d_weights(half[i], w);
-#pragma GCC unroll 3
-      for (int j = 0; j < kTaps; ++j, to += op_.inputs) {
-        const Vec<float> sum = fresh ? w[j] : w[j] + load(to, lanes);
-        store(to, sum, lanes);
-        differences = differences + (sum - sum);
+  }
+
+  struct Pixel {
+    int64_t image, row, column;
+  };
+  Pixel pixel_at(int64_t pixel) const {
+    const int64_t row = pixel / op_.columns.outputs;
+    return {row / op_.rows.outputs, row % op_.rows.outputs, pixel % op_.columns.outputs};
+  }
+
+  // Steps [begin, end) of a run. The last one of all may have one pixel.
+  void place(const Operands& to, int64_t run, int64_t begin, int64_t end) const {
+    Arena arena;
+    BFloat16* const copies = flat_ ? arena.take<BFloat16>(2 * run_) : nullptr;
+    for (int64_t step = begin; step < end; ++step) {
+      const int64_t pixel = 2 * (run * kRunSteps + step);
+      const BFloat16* const dy = dy_ + pixel * op_.outputs;
+      place_pair(dy, pixel + 1 < pixels_ ? dy + op_.outputs : to.zeros, op_.outputs, to.dy, 0, 0, step);
+      const Pixel first = pixel_at(pixel), second = pixel_at(pixel + 1);
+      for (int64_t tap = 0; tap < taps_; ++tap) {
+        const int64_t i = flat_ ? tap : tap / op_.columns.kernel, j = flat_ ? 0 : tap % op_.columns.kernel;
+        const BFloat16* const from = run_at(first, i, j, to.zeros, copies);
+        place_pair(from, run_at(second, i, j, to.zeros, copies + run_), run_, to.x, flat_ ? 0 : tap,
+                   flat_ ? tap * run_ : 0, step);
       }
     }
-    return differences;
+  }
+
+  // A tap of a pixel's window: where it lies in x, zeros, or a copy with zeros beyond the border.
+  const BFloat16* run_at(const Pixel& pixel, int64_t i, int64_t j, const BFloat16* zeros,
+                         BFloat16* copy) const {
+    const ConvAxis &rows = op_.rows, &columns = op_.columns;
+    const int64_t row = rows.place(pixel.row, i), column = columns.place(pixel.column, j);
+    if (pixel.image == op_.images || !rows.inside(row)) return zeros;
+    const BFloat16* const x_row = x_ + (pixel.image * rows.size + row) * columns.size * op_.inputs;
+    const bool begins = columns.inside(column),
+               ends = columns.inside(column + (across_ - 1) * columns.dilation);
+    if (begins && ends && (across_ == 1 || columns.dilation == 1)) return x_row + column * op_.inputs;
+    if (across_ == 1) return zeros;
+    for (int64_t k = 0; k < run_; ++k) {
+      const int64_t from = column + k / op_.inputs * columns.dilation;
+      copy[k] = columns.inside(from) ? x_row[from * op_.inputs + k % op_.inputs] : BFloat16{};
+    }
+    return copy;
+  }
+
+  // Each channel's values of two pixels side by side. What fills the last panel is multiplied, but not
+  // stored.
+  static void place_pair(const BFloat16* first, const BFloat16* second, int64_t count,
+                         const Panels<BFloat16>& to, int64_t point, int64_t channel, int64_t step) {
+    auto place = [&](int64_t i, auto lanes) FUSEDRES_INLINE_LAMBDA {
+      const Words low = bit_cast<Words>(load(first + i, lanes).v) >> 16;
+      const Words pairs = low | bit_cast<Words>(load(second + i, lanes).v);
+      store(reinterpret_cast<float*>(to.at(point, channel + i, step)),
+            Vec<float>{bit_cast<Vec<float>::Native>(pairs)}, lanes);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) place(i, AllLanes{});
+    if (i < count) place(i, FirstLanes{static_cast<int>(count - i)});
+  }
+
+  // What a run adds to a block of dweight.
+  void compute(const Operands& from, int64_t block, int64_t steps, bool fresh, float* dweight) const {
+    const int64_t of_x = block % (points_ * blocks_of_x_), point = of_x / blocks_of_x_;
+    const int64_t input = of_x % blocks_of_x_ * kSumColumns, columns = channels_ - input;
+    const int64_t first = block / (points_ * blocks_of_x_) * kBlockRows;
+    const int64_t last = minimum(first + kBlockRows, op_.outputs);
+    for (int64_t output = first; output < last; output += kSumRows) {
+      float* const sums = dweight + output * stride_ + point * op_.inputs + input;
+      const int64_t rows = last - output;
+      for (int64_t row = 0; row < minimum<int64_t>(rows, kSumRows); ++row)
+        for (int64_t c = 0; c < minimum(columns, kSumColumns); c += kGap)
+          __builtin_prefetch(sums + row * stride_ + c, 1);
+      multiply(from.dy.from(0, output, 0), from.x.from(point, input, 0), steps,
+               [=](int row, int v, Vec<float> sum) FUSEDRES_INLINE_LAMBDA {
+                 float* const to = sums + row * stride_ + v * kLanes;
+                 const int64_t lanes = columns - v * kLanes;
+                 if (row >= rows || lanes <= 0) return;
+                 auto finish = [=](auto those) FUSEDRES_INLINE_LAMBDA {
+                   store(to, fresh ? sum : load(to, those) + sum, those);
+                 };
+                 if (lanes >= kLanes)
+                   finish(AllLanes{});
+                 else
+                   finish(FirstLanes{static_cast<int>(lanes)});
+               });
+    }
   }
 
   const ConvDweight& op_;
-  const int64_t tile_rows_, tile_columns_, tiles_;
-  Panels x_, dy_;
+  const BFloat16* const x_;
+  const BFloat16* const dy_;
+  const bool flat_;
+  const int64_t across_;             // columns of a tap
+  const int64_t taps_, run_;         // run_: values of a tap
+  const int64_t stride_, size_;      // of dweight, and of its rows
+  const int64_t points_, channels_;  // channels_: of a point
+  const int64_t pixels_, steps_, runs_, groups_;
+  const int64_t blocks_of_x_, blocks_;
 };
 
 }  // namespace
 
 bool conv_dweight(const ConvDweight& op) {
-  if (op.images == 0) {
-    __builtin_memset(op.dweight, 0, op.outputs * 9 * op.inputs * sizeof(float));
+  if (op.images * op.rows.outputs * op.columns.outputs == 0) {
+    const int64_t size = op.outputs * op.rows.kernel * op.columns.kernel * op.inputs;
+    __builtin_memset(op.dweight, 0, size * sizeof(float));
     return true;
   }
-  return op.tile == 2 ? Dweight<2>(op).run() : Dweight<4>(op).run();
+  if (op.tile > 1) return conv_dweight_winograd(op);
+  Direct(op).run();
+  return true;
 }
 
 }  // namespace fusedres::FUSEDRES_ISA

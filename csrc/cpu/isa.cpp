@@ -43,7 +43,7 @@ bool has_tiles() {
    training(isa)}
 
 #define FUSEDRES_TRAINING(isa) isa::conv_repack, isa::conv_dweight
-#define FUSEDRES_NO_TRAINING(isa) nullptr, nullptr
+#define FUSEDRES_NO_REPACK(isa) nullptr, isa::conv_dweight
 
 const Variant kVariants[] = {
     FUSEDRES_VARIANT(
@@ -65,11 +65,11 @@ const Variant kVariants[] = {
         },
         [](DType dtype) { return dtype != DType::kFloat64; }),
     FUSEDRES_VARIANT(
-        "avx512_bf16", avx512_bf16, avx512_bf16::conv_act, FUSEDRES_NO_TRAINING,
+        "avx512_bf16", avx512_bf16, avx512_bf16::conv_act, FUSEDRES_NO_REPACK,
         [] { return kVariants[2].supported() && __builtin_cpu_supports("avx512bf16"); },
         [](DType dtype) { return dtype == DType::kBFloat16; }),
     FUSEDRES_VARIANT(
-        "amx", avx512_bf16, amx::conv_act, FUSEDRES_NO_TRAINING,
+        "amx", avx512_bf16, amx::conv_act, FUSEDRES_NO_REPACK,
         [] { return kVariants[3].supported() && has_tiles(); },
         [](DType dtype) { return dtype == DType::kBFloat16; }),
 #endif
@@ -77,7 +77,7 @@ const Variant kVariants[] = {
 constexpr int kCount = sizeof kVariants / sizeof kVariants[0];
 #undef FUSEDRES_VARIANT
 #undef FUSEDRES_TRAINING
-#undef FUSEDRES_NO_TRAINING
+#undef FUSEDRES_NO_REPACK
 
 // The index of the variant that FUSEDRES_CPU_ISA names, the last one if it is unset.
 int find_cap() {

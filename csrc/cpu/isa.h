@@ -43,8 +43,7 @@ struct Variant {
   void (*bn_act_pool_forward)(const BnActPoolForward& op);
   void (*bn_act_pool_backward)(const BnActPoolBackward& op);
   void (*conv_act)(const ConvAct& op);
-  // Null where the variant has no float32.
-  void (*conv_repack)(const ConvRepack& op);
+  void (*conv_repack)(const ConvRepack& op);    // null where the variant has no float32
   bool (*conv_dweight)(const ConvDweight& op);  // false: a sum is not finite, and dweight is not to be used
 };
 

@@ -196,6 +196,29 @@ struct Winograd<7> {
         y[k] = y[k] + splat<V>(power(kSquares[pair], k / 2)) * from[pair];
     }
   }
+  template <class V>
+  static FUSEDRES_HOST_DEVICE void d_output(const V (&dy)[7], V (&dm)[kPoints]) {
+#pragma GCC unroll 4
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const V square = splat<V>(kSquares[pair]);
+      const V even = dy[0] + square * (dy[2] + square * (dy[4] + square * dy[6]));
+      const V odd = splat<V>(kPlaces[pair]) * (dy[1] + square * (dy[3] + square * dy[5]));
+      dm[2 * pair] = even + odd;
+      dm[2 * pair + 1] = even - odd;
+    }
+    dm[8] = dy[6];
+  }
+  template <class V>
+  static FUSEDRES_HOST_DEVICE void d_weights(const V (&du)[kPoints], V (&dw)[3]) {
+    dw[0] = dw[1] = V{};
+    dw[2] = du[8];
+#pragma GCC unroll 4
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const V sum = du[2 * pair] + du[2 * pair + 1], difference = du[2 * pair] - du[2 * pair + 1];
+#pragma GCC unroll 3
+      for (int k = 0; k < 3; ++k) dw[k] = dw[k] + splat<V>(filter(2 * pair, k)) * (k == 1 ? sum : difference);
+    }
+  }
 
  private:
   static constexpr double power(double x, int n) { return n == 0 ? 1 : x * power(x, n - 1); }

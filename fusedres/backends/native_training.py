@@ -2,7 +2,7 @@
 
     conv(x, weight, bias, residual, ..., tile, transposed) -> y, or dx of dy where it is transposed
     conv_(x, weight, residual, ..., tile, transposed): written over the residual
-    conv_dweight(dy, x, padding, tile) -> dweight; empty where a sum of it is not finite
+    conv_dweight(dy, x, kernel, ..., tile) -> dweight in float32; of a tile over 1 empty where a sum is not finite
 
 channels_last, float32 or bfloat16 with sums in float32, the bias always in float32. A tile of 1 is the direct form, of
 2, 4 or 7 Winograd's (see `native_convolution`). The weight is packed in every call, so that it is never out of date.
@@ -22,10 +22,10 @@ from fusedres.backends.native_convolution import winograd_tile
 
 _KERNEL = (3, 3)
 _LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
-_WINDOWS = "int[2] stride, int[2] padding, int[2] dilation, int tile, bool transposed"
-_LIBRARY.define(f"conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, {_WINDOWS}) -> Tensor")
-_LIBRARY.define(f"conv_(Tensor x, Tensor weight, Tensor(a!) residual, {_WINDOWS}) -> ()")
-_LIBRARY.define("conv_dweight(Tensor dy, Tensor x, int[2] padding, int tile) -> Tensor")
+_WINDOWS = "int[2] stride, int[2] padding, int[2] dilation, int tile"
+_LIBRARY.define(f"conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, {_WINDOWS}, bool transposed) -> Tensor")
+_LIBRARY.define(f"conv_(Tensor x, Tensor weight, Tensor(a!) residual, {_WINDOWS}, bool transposed) -> ()")
+_LIBRARY.define(f"conv_dweight(Tensor dy, Tensor x, int[2] kernel, {_WINDOWS}) -> Tensor")
 
 
 def _fake_conv(
@@ -48,8 +48,8 @@ def _fake_conv_in_place(*arguments: object) -> None:
     pass
 
 
-def _fake_dweight(dy: Tensor, x: Tensor, padding: Sequence[int], tile: int) -> Tensor:
-    return x.new_empty((dy.shape[1], *_KERNEL, x.shape[1])).permute(0, 3, 1, 2)
+def _fake_dweight(dy: Tensor, x: Tensor, kernel: Sequence[int], *windows: object) -> Tensor:
+    return x.new_empty((dy.shape[1], *kernel, x.shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)
 
 
 for _name, _fake in (
@@ -93,7 +93,7 @@ def tiles(
         of_dx = 0
     if dtype is torch.float32:
         return Tiles(of_y, of_dx, of_dweight) if min(of_y, of_dx) > 1 else Tiles(0, 0, 0)
-    return Tiles(of_y, of_dx, 0)
+    return Tiles(of_y, of_dx, of_dweight)
 
 
 def _turned(kernel: Sequence[int], geometry: Geometry) -> tuple[int, int]:
@@ -127,7 +127,7 @@ def backward(
         dx = _dx(dy, weight, geometry, of_dx, residual, in_place)
     if wanted[1] and of_dweight:
         # Infinity and NaN spread over Winograd's tiles; aten has them where they belong.
-        found = torch.ops.fusedres_native.conv_dweight(dy, x, geometry.padding, of_dweight)
+        found = torch.ops.fusedres_native.conv_dweight(dy, x, weight.shape[2:], *geometry[:3], of_dweight)
         dweight = found if found.numel() else None
     own = dx, dweight, None
     rest = [asked and found is None for asked, found in zip(wanted, own, strict=True)]

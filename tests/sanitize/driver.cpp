@@ -186,14 +186,17 @@ class Round {
   }
 
   void conv_dweight() {
-    const int64_t tile = pick<int64_t>({2, 4}), images = 1 + draw(3);
-    const int64_t inputs = pick<int64_t>({1, 3, 16, 21, 600}), outputs = pick<int64_t>({1, 7, 16, 33, 70});
-    auto floats = [&](int64_t count) { return static_cast<float*>(arrays_.filled(count, dtype_)); };
+    const bool bfloat16 = dtype_ == DType::kBFloat16;
+    const int64_t tile = bfloat16 ? pick<int64_t>({1, 1, 2, 4, 7}) : pick<int64_t>({2, 4});
+    const int64_t images = draw(4), inputs = pick<int64_t>({1, 3, 16, 21, 600}),
+                  outputs = pick<int64_t>({1, 7, 16, 33, 140});
     const ConvAxis rows = window(tile), columns = window(tile);
-    variant_.conv_dweight({images, inputs, outputs, tile, rows, columns,
-                           floats(images * rows.size * columns.size * inputs),
-                           floats(images * rows.outputs * columns.outputs * outputs),
-                           static_cast<float*>(arrays_.empty(outputs * 9 * inputs, dtype_))});
+    auto* const dweight =
+        static_cast<float*>(arrays_.empty(outputs * rows.kernel * columns.kernel * inputs, DType::kFloat32));
+    variant_.conv_dweight({images, inputs, outputs, tile, rows, columns, dtype_,
+                           arrays_.filled(images * rows.size * columns.size * inputs, dtype_),
+                           arrays_.filled(images * rows.outputs * columns.outputs * outputs, dtype_),
+                           dweight});
   }
 
  private:
@@ -298,8 +301,8 @@ int main(int, char** arguments) {
         calls.bn_act_pool();
         if (dtype == DType::kFloat64 || dtype == DType::kFloat16) continue;
         calls.conv_act();
+        calls.conv_dweight();
         if (variant.conv_repack) calls.conv_repack();
-        if (dtype == DType::kFloat32) calls.conv_dweight();
       }
     }
     std::printf("%s: %d rounds of every data type\n", variant.name, rounds);
