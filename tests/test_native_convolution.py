@@ -311,7 +311,7 @@ def test_winograd_is_used_where_it_saves_work(monkeypatch):
     assert tile(512, 512, 1, 7, 7) == 2  # four tiles don't pay for reading four times the weights
     assert tile(3, 64, 1, 56, 56) == 1 and tile(512, 512, 1, 1, 1) == 1
     for products, tiles in (("avx512_bf16", (7, 7, 1)), ("avx2", (7, 7, 2)), ("amx", (1, 1, 1))):
-        monkeypatch.setattr(native_convolution, "_instruction_set", lambda dtype, products=products: products)
+        monkeypatch.setattr(native_convolution, "instruction_set", lambda dtype, products=products: products)
         sizes = (64, 64, 1, 56, 56), (512, 512, 16, 7, 7), (512, 512, 1, 7, 7)
         assert tuple(tile(*size, torch.bfloat16) for size in sizes) == tiles, products
     monkeypatch.setenv("FUSEDRES_WINOGRAD", "0")

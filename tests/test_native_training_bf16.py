@@ -163,6 +163,14 @@ def test_the_kernels_have_every_window_of_one_group():
     assert "contiguous in memory" in (native.objection(request(DIRECT[0], layout="contiguous")) or "")
 
 
+def test_the_tile_units_gradient_of_weights_is_atens(monkeypatch):
+    arguments = (16, 64, 56, 56), (64, 64, 3, 3), Geometry(padding=(1, 1)), BF16
+    monkeypatch.setattr(native_training, "instruction_set", lambda dtype: "avx512_bf16")
+    assert native_training.tiles(*arguments).of_dweight == 7
+    monkeypatch.setattr(native_training, "instruction_set", lambda dtype: "amx")
+    assert native_training.tiles(*arguments).of_dweight == 0
+
+
 @pytest.mark.parametrize("build", [("BasicBlock", 32, 40), ("Bottleneck", 64, 32)], ids=str)
 def test_blocks_under_autocast_are_as_accurate_as_eager(build):
     fused, eager = pair(*build, dtype=torch.float32)

@@ -53,9 +53,10 @@ def test_every_layer_of_the_roofline_is_found_in_the_profile(profiles):
 
 
 @pytest.mark.usefixtures("native")
-def test_the_librarys_own_convolutions_belong_to_their_layers(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_librarys_own_convolutions_belong_to_their_layers(tmp_path, dtype):
     model = torchvision.models.resnet18(num_classes=3)
-    work = Work("resnet18", True, 4, 64, torch.float32, torch.device("cpu"))
+    work = Work("resnet18", True, 4, 64, dtype, torch.device("cpu"))
     entries = {name: ENTRIES[name] for name in (CHANNELS_LAST, FUSED)}
     steps = comparison.prepare(model, work, entries, comparison.begin(work), lambda name: None)
     traces = {name: tmp_path / f"{index}.json" for index, name in enumerate(steps)}

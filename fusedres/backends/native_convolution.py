@@ -115,7 +115,7 @@ def winograd_tile(
     """
     if not _winograd_is_on():
         return 1
-    speed = 1 if dtype is torch.float32 else _SPEEDS.get(_instruction_set(dtype), 1)
+    speed = 1 if dtype is torch.float32 else _SPEEDS.get(instruction_set(dtype), 1)
 
     def work(tile: int) -> float:
         tiles = images * -(-height // tile) * -(-width // tile)
@@ -139,7 +139,7 @@ def _winograd_is_on() -> bool:
 
 
 @cache
-def _instruction_set(dtype: torch.dtype) -> str:
+def instruction_set(dtype: torch.dtype) -> str:
     """The variant of the library that serves a dtype."""
     found = build.library(NATIVE)
     assert isinstance(found, build.Library)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusedres.backends import Geometry, Request, TrainingConvolution, native_convolution, reference
-from fusedres.backends.native_convolution import winograd_tile
+from fusedres.backends.native_convolution import instruction_set, winograd_tile
 
 _KERNEL = (3, 3)
 _LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
@@ -86,14 +86,15 @@ def tiles(
         rows, columns = geometry.output_size(_KERNEL, height, width)
         of_y = winograd_tile(inputs, outputs, images, rows, columns, dtype, read=_FRESH_READ)
         of_dx = winograd_tile(outputs, inputs, images, height, width, dtype, read=_FRESH_READ)
-        of_dweight = min(of_y, 4)
+        of_dweight = winograd_tile(inputs, outputs, images, rows, columns, dtype)
         if of_dweight == 4 and images * -(-rows // 4) * -(-columns // 4) < _FEWEST_TILES:
             of_dweight = 2
     if geometry.stride != (1, 1) or min(_turned(kernel, geometry)) < 0:
         of_dx = 0
-    if dtype is torch.float32:
-        return Tiles(of_y, of_dx, of_dweight) if min(of_y, of_dx) > 1 else Tiles(0, 0, 0)
-    return Tiles(of_y, of_dx, of_dweight)
+    if dtype is not torch.float32 and instruction_set(dtype) == "amx":
+        of_dweight = 0  # aten has it on the tile unit
+    found = Tiles(of_y, of_dx, of_dweight)
+    return Tiles(0, 0, 0) if dtype is torch.float32 and min(found) <= 1 else found
 
 
 def _turned(kernel: Sequence[int], geometry: Geometry) -> tuple[int, int]:

@@ -29,7 +29,6 @@ CLASSES = (
 OTHER = "other"
 _OPERATOR = re.compile(r"(aten|fusedres_\w+)::")
 _OWN = re.compile(r"fusedres_native::conv_?")
-_WINDOW = (3, 3)  # of conv_dweight
 _ELEMENTWISE = ("fused", "bn", "relu", "add")
 
 Shape = tuple[int, ...]
@@ -129,7 +128,8 @@ def _operands(convolution: FunctionEvent) -> tuple[Shape, Shape]:
     if "backward" in convolution.name:
         return second, others[0]
     if "dweight" in convolution.name:
-        return second, (first[1], second[1], *_WINDOW)
+        kernel: Any = convolution.concrete_inputs[2]
+        return second, (first[1], second[1], *kernel)
     if first[1] != second[1] and _OWN.fullmatch(convolution.name):  # dy, of x's size where windows are padded
         return (first[0], second[1], *first[2:]), second
     return first, second
