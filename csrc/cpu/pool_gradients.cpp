@@ -5,30 +5,98 @@
 namespace fusedres::FUSEDRES_ISA {
 namespace {
 
-// body(place, lanes, g) for every vector of channels [first, last) of one pixel.
-template <class T, class Body>
-FUSEDRES_INLINE void along_pixel(const Shape& shape, const Slope& slope, int64_t pixel, int64_t first,
-                                 int64_t last, const Body& body) {
-  using A = Accumulation<T>;
-  using V = Vec<A>;
-  const PoolAxis &rows = slope.pool.rows, &columns = slope.pool.columns;
-  const int64_t image = pixel / shape.pixels, row = pixel % shape.pixels / columns.size,
-                column = pixel % columns.size;
-  const PoolAxis::Range h = rows.covering(row, row + 1), w = columns.covering(column, column + 1);
-  along_channels<A>(shape, pixel, first, last, 0, [&](const Place& at, auto lanes) FUSEDRES_INLINE_LAMBDA {
-    V g{};
-    for (int64_t i = h.begin; i < h.end; ++i)
-      for (int64_t j = w.begin; j < w.end; ++j) {
-        const int64_t window = (image * rows.outputs + i) * columns.outputs + j;
-        const int64_t position = (row - rows.start(i)) * columns.kernel + column - columns.start(j);
-        const int64_t element = window * shape.channels + at.channel;
-        const V choice = load_bytes<A>(slope.choice + element, lanes);
-        const V dy = load(static_cast<const T*>(slope.dy) + element, lanes);
-        g = g + select(choice != splat<V>(static_cast<double>(position)), V{}, dy);
-      }
-    body(at, lanes, g);
-  });
+// One bit a lane, set where the byte is `value`.
+template <class A>
+FUSEDRES_INLINE unsigned bits_equal(const uint8_t* p, uint8_t value, AllLanes) {
+  constexpr int kLanes = Vec<A>::kLanes;
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16)
+    return _mm_cmpeq_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)),
+                               _mm_set1_epi8(static_cast<char>(value)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (kLanes == 8) {
+    int64_t bytes;
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+    const __m128i same = _mm_cmpeq_epi8(_mm_cvtsi64_si128(bytes), _mm_set1_epi8(static_cast<char>(value)));
+    return static_cast<unsigned>(_mm_movemask_epi8(same)) & 0xff;
+  }
+#endif
+  unsigned bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= unsigned{p[lane] == value} << lane;
+  return bits;
 }
+template <class A>
+FUSEDRES_INLINE unsigned bits_equal(const uint8_t* p, uint8_t value, FirstLanes lanes) {
+  unsigned bits = 0;
+  for (int lane = 0; lane < lanes.count; ++lane) bits |= unsigned{p[lane] == value} << lane;
+  return bits;
+}
+
+// The windows that cover a pixel, where a pixel's channels lie together.
+template <class T>
+class Covering {
+ public:
+  Covering(const Shape& shape, const Slope& slope, Arena& arena)
+      : channels_(shape.channels),
+        rows_(slope.pool.rows),
+        columns_(slope.pool.columns),
+        choice_(slope.choice),
+        dy_(static_cast<const T*>(slope.dy)),
+        of_column_(arena.take<PoolAxis::Range>(columns_.size)) {
+    for (int64_t column = 0; column < columns_.size; ++column)
+      of_column_[column] = columns_.covering(column, column + 1);
+  }
+
+  void move_to(int64_t pixel) {
+    if (pixel < row_begin_ || pixel >= row_begin_ + columns_.size) move_to_row(pixel / columns_.size);
+    const int64_t column = pixel - row_begin_;
+    count_ = 0;
+    for (int64_t i = of_row_.begin; i < of_row_.end; ++i)
+      for (int64_t j = of_column_[column].begin; j < of_column_[column].end; ++j) {
+        const int64_t window = ((image_ * rows_.outputs + i) * columns_.outputs + j) * channels_;
+        const int64_t position = (row_ - rows_.start(i)) * columns_.kernel + column - columns_.start(j);
+        windows_[count_++] = {choice_ + window, dy_ + window, static_cast<uint8_t>(position)};
+      }
+  }
+
+  // What comes back to a vector of the pixel's channels.
+  template <class Lanes>
+  FUSEDRES_INLINE Vec<Accumulation<T>> gradient(int64_t channel, Lanes lanes) const {
+    using A = Accumulation<T>;
+    Vec<A> g{};
+    for (int i = 0; i < count_; ++i) {
+      const Window& window = windows_[i];
+      const unsigned chosen = bits_equal<A>(window.choice + channel, window.position, lanes);
+      g = g + keep(chosen, load(window.dy + channel, lanes));
+    }
+    return g;
+  }
+
+ private:
+  struct Window {
+    const uint8_t* choice;
+    const T* dy;
+    uint8_t position;  // that this pixel has in it
+  };
+
+  void move_to_row(int64_t row) {
+    row_begin_ = row * columns_.size;
+    image_ = row / rows_.size;
+    row_ = row % rows_.size;
+    of_row_ = rows_.covering(row_, row_ + 1);
+  }
+
+  const int64_t channels_;
+  const PoolAxis rows_, columns_;
+  const uint8_t* const choice_;
+  const T* const dy_;
+  PoolAxis::Range* const of_column_;
+  PoolAxis::Range of_row_{};
+  int64_t row_begin_ = -columns_.size, image_ = 0, row_ = 0;
+  int count_ = 0;
+  Window windows_[kPassesNothing];
+};
 
 // g of columns [begin, end) of one row of a plane.
 template <class T>
@@ -86,18 +154,23 @@ void sum_pixels(const Shape& shape, const Slope& slope, Parts::Range pixels, int
                 double* const (&totals)[kSums]) {
   using A = Accumulation<T>;
   const Terms<T, Order::kPixels> terms(slope);
+  Arena arena;
+  Covering<T> covering(shape, slope, arena);
   A runs[kSums][kChannelTile + Vec<A>::kLanes];
   for (int64_t run = pixels.begin; run < pixels.end; run += kRun) {
     for (int k = 0; k < kSums; ++k)
       for (int64_t c = 0; c < kChannelTile; ++c) runs[k][c] = 0;
-    auto add = [&](const Place& at, auto lanes, Vec<A> g) FUSEDRES_INLINE_LAMBDA {
+    auto add = [&](const Place& at, auto lanes) FUSEDRES_INLINE_LAMBDA {
+      const Vec<A> g = covering.gradient(at.channel, lanes);
       Vec<A> sums[kSums];
       for (int k = 0; k < kSums; ++k) sums[k] = load(runs[k] + (at.channel - first), lanes);
       terms.add(at, lanes, g, sums);
       for (int k = 0; k < kSums; ++k) store(runs[k] + (at.channel - first), sums[k], lanes);
     };
-    for (int64_t pixel = run; pixel < minimum(run + kRun, pixels.end); ++pixel)
-      along_pixel<T>(shape, slope, pixel, first, last, add);
+    for (int64_t pixel = run; pixel < minimum(run + kRun, pixels.end); ++pixel) {
+      covering.move_to(pixel);
+      along_channels<A>(shape, pixel, first, last, 0, add);
+    }
     for (int k = 0; k < kSums; ++k)
       for (int64_t c = first; c < last; ++c) totals[k][c] += runs[k][c - first];
   }
@@ -160,8 +233,14 @@ void gradient_pass(const GradientApply& pass) {
   };
   if constexpr (kOrder == Order::kPixels) {
     parallel(shape.rows(), shape.channels, [&](int64_t begin, int64_t end) {
-      for (int64_t pixel = end; pixel-- > begin;)
-        along_pixel<T>(shape, slope, pixel, 0, shape.channels, body);
+      Arena arena;
+      Covering<T> covering(shape, slope, arena);
+      auto write = [&](const Place& at, auto lanes)
+                       FUSEDRES_INLINE_LAMBDA { body(at, lanes, covering.gradient(at.channel, lanes)); };
+      for (int64_t pixel = end; pixel-- > begin;) {
+        covering.move_to(pixel);
+        along_channels<A>(shape, pixel, 0, shape.channels, 0, write);
+      }
     });
   } else {
     const int64_t rows = slope.pool.rows.size, columns = slope.pool.columns.size;

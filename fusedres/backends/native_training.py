@@ -39,8 +39,10 @@ def _fake_conv(
     tile: int,
     transposed: bool,
 ) -> Tensor:
-    geometry = Geometry(*((rows, columns) for rows, columns in (stride, padding, dilation)))
-    rows, columns = geometry.output_size((weight.shape[2], weight.shape[3]), *x.shape[2:])
+    rows, columns = (
+        (size + 2 * pad - gap * (k - 1) - 1) // by + 1
+        for size, k, by, pad, gap in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    )
     return x.new_empty((x.shape[0], rows, columns, weight.shape[1 if transposed else 0])).permute(0, 3, 1, 2)
 
 
