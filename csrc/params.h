@@ -240,10 +240,11 @@ struct ConvDweight {
   int64_t tile;     // the side of Winograd's tiles of dy, 1: none
   ConvAxis rows;
   ConvAxis columns;
-  DType dtype;     // float32, with a tile, or bfloat16
-  const void* x;   // (N, H, W, I) T
-  const void* dy;  // (N, H', W', O) T
-  float* dweight;  // (O, rows, columns, I)
+  DType dtype;      // float32, with a tile, or bfloat16
+  const void* x;    // (N, H, W, I) T
+  const void* dy;   // (N, H', W', O) T
+  float* dweight;   // (O, rows, columns, I)
+  int64_t threads;  // that share the work
 };
 
 }  // namespace fusedres

@@ -1,5 +1,6 @@
 // The gradient of a convolution's weights as an operator of the CPU library.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <vector>
@@ -51,9 +52,9 @@ Tensor conv_dweight(const Tensor& dy, const Tensor& x, const std::vector<int64_t
                   "conv_dweight: dy doesn't belong to this convolution of x");
   const Tensor dweight =
       empty_channels_last_accumulation(x, {dy.size(1), x.size(1), rows.kernel, columns.kernel});
-  const bool finite =
-      variant_for(dtype).conv_dweight({x.size(0), x.size(1), dy.size(1), tile, rows, columns, dtype,
-                                       x.data_ptr(), dy.data_ptr(), static_cast<float*>(dweight.data_ptr())});
+  const bool finite = variant_for(dtype).conv_dweight(
+      {x.size(0), x.size(1), dy.size(1), tile, rows, columns, dtype, x.data_ptr(), dy.data_ptr(),
+       static_cast<float*>(dweight.data_ptr()), torch::stable::get_num_threads()});
   return finite ? dweight : empty_accumulation(x, {0});
 }
 

@@ -57,12 +57,15 @@ struct Panels {
 };
 
 // finish(row, v, sum) with sum[lane] = the sum over steps of dy[step][row] * x[step][lane] for vector v of x.
-template <class T, class Finish>
-FUSEDRES_INLINE void multiply(const Steps<T>& dy, const Steps<T>& x, int64_t steps, const Finish& finish) {
+// Between two steps there is time for `meanwhile(step)`.
+template <class T, class Meanwhile, class Finish>
+FUSEDRES_INLINE void multiply(const Steps<T>& dy, const Steps<T>& x, int64_t steps,
+                              const Meanwhile& meanwhile, const Finish& finish) {
   using P = Product<T>;
   Vec<float> sum[kSumRows][kSumVectors] = {};
   const T *dy_at = dy.begin, *x_at = x.begin;
-  for (int64_t step = 0; step < steps; ++step, dy_at += dy.step, x_at += x.step)
+  for (int64_t step = 0; step < steps; ++step, dy_at += dy.step, x_at += x.step) {
+    meanwhile(step);
 #pragma GCC unroll 2
     for (int part = 0; part < P::kParts; ++part) {
       typename P::Operand values[kSumVectors];
@@ -75,6 +78,7 @@ FUSEDRES_INLINE void multiply(const Steps<T>& dy, const Steps<T>& x, int64_t ste
         for (int v = 0; v < kSumVectors; ++v) sum[row][v] = P::add(sum[row][v], slope, values[v]);
       }
     }
+  }
 #pragma GCC unroll 8
   for (int row = 0; row < kSumRows; ++row)
 #pragma GCC unroll 2

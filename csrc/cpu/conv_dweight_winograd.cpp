@@ -8,7 +8,6 @@ namespace {
 
 constexpr int kLanes = Vec<float>::kLanes;
 constexpr int64_t kBlock = 2 * kPanel;  // channels of dy, and of x, that a block of dweight has
-constexpr int64_t kTerms = 16;          // steps that are added up in one go: a longer sum loses more digits
 constexpr int64_t kScratchBytes = int64_t{4} << 20;
 constexpr int64_t kFewestSteps = 64, kMostSteps = 384;
 
@@ -20,6 +19,8 @@ class Dweight {
   static constexpr int kSide = W::kPoints, kTaps = 3;
   static constexpr int64_t kPoints = kSide * kSide;
   static constexpr int64_t kSums = kBlock * kBlock + kGap;  // of a point
+  // Steps that are added up in one go: a longer sum loses more digits, which bfloat16 doesn't have.
+  static constexpr int64_t kTerms = sizeof(T) == sizeof(float) ? 16 : 64;
 
  public:
   explicit Dweight(const ConvDweight& op)
@@ -64,42 +65,50 @@ class Dweight {
     const int64_t image = tile / tile_columns_ / tile_rows_;
     const int64_t row = tile / tile_columns_ % tile_rows_ * kTile, column = tile % tile_columns_ * kTile;
     const ConvAxis &rows = op_.rows, &columns = op_.columns;
-    auto x = [&](int64_t i, int64_t j, int64_t channel, auto lanes) FUSEDRES_INLINE_LAMBDA {
-      const int64_t at_row = rows.place(row, i), at_column = columns.place(column, j);
-      if (!rows.inside(at_row) || !columns.inside(at_column)) return Vec<float>{};
-      const int64_t pixel = (image * rows.size + at_row) * columns.size + at_column;
-      return load(static_cast<const T*>(op_.x) + pixel * op_.inputs + channel, lanes);
-    };
-    auto dy = [&](int64_t i, int64_t j, int64_t channel, auto lanes) FUSEDRES_INLINE_LAMBDA {
-      if (row + i >= rows.outputs || column + j >= columns.outputs) return Vec<float>{};
-      const int64_t pixel = (image * rows.outputs + row + i) * columns.outputs + column + j;
-      return load(static_cast<const T*>(op_.dy) + pixel * op_.outputs + channel, lanes);
-    };
+    const T *x[kPoints], *dy[kTile * kTile];  // where the tile's values lie, null beyond the border
+    for (int64_t i = 0; i < kSide; ++i)
+      for (int64_t j = 0; j < kSide; ++j) {
+        const int64_t at_row = rows.place(row, i), at_column = columns.place(column, j);
+        const int64_t pixel = (image * rows.size + at_row) * columns.size + at_column;
+        x[i * kSide + j] = rows.inside(at_row) && columns.inside(at_column)
+                               ? static_cast<const T*>(op_.x) + pixel * op_.inputs
+                               : nullptr;
+      }
+    for (int64_t i = 0; i < kTile; ++i)
+      for (int64_t j = 0; j < kTile; ++j) {
+        const int64_t pixel = (image * rows.outputs + row + i) * columns.outputs + column + j;
+        dy[i * kTile + j] = row + i < rows.outputs && column + j < columns.outputs
+                                ? static_cast<const T*>(op_.dy) + pixel * op_.outputs
+                                : nullptr;
+      }
     transform_all<kSide>(x_, step, x, [](const auto& d, auto& t) FUSEDRES_INLINE_LAMBDA { W::input(d, t); });
     transform_all<kTile>(dy_, step, dy,
                          [](const auto& d, auto& t) FUSEDRES_INLINE_LAMBDA { W::d_output(d, t); });
   }
 
-  template <int kFrom, class Value, class Along>
-  FUSEDRES_INLINE static void transform_all(const Panels<float>& to, int64_t step, const Value& value,
+  template <int kFrom, class Along>
+  FUSEDRES_INLINE static void transform_all(const Panels<float>& to, int64_t step, const T* const* from,
                                             const Along& along) {
     for (int64_t channel = 0; channel < to.count() * kPanel; channel += kLanes)
       if (channel + kLanes <= to.channels)
-        transform<kFrom>(to, step, channel, value, along, AllLanes{});
+        transform<kFrom>(to, step, channel, from, along, AllLanes{});
       else
-        transform<kFrom>(to, step, channel, value, along,
+        transform<kFrom>(to, step, channel, from, along,
                          FirstLanes{static_cast<int>(maximum<int64_t>(0, to.channels - channel))});
   }
 
   // `along` the columns of a square of values, then along the rows.
-  template <int kFrom, class Value, class Along, class Lanes>
+  template <int kFrom, class Along, class Lanes>
   FUSEDRES_INLINE static void transform(const Panels<float>& to, int64_t step, int64_t channel,
-                                        const Value& value, const Along& along, Lanes lanes) {
+                                        const T* const* from, const Along& along, Lanes lanes) {
     Vec<float> half[kSide][kFrom];
     for (int j = 0; j < kFrom; ++j) {
       Vec<float> d[kFrom], t[kSide];
 #pragma GCC unroll 9
-      for (int i = 0; i < kFrom; ++i) d[i] = value(i, j, channel, lanes);
+      for (int i = 0; i < kFrom; ++i) {
+        const T* const p = from[i * kFrom + j];
+        d[i] = p ? load(p + channel, lanes) : Vec<float>{};
+      }
       along(d, t);
 #pragma GCC unroll 9
       for (int i = 0; i < kSide; ++i) half[i][j] = t[i];
@@ -121,12 +130,13 @@ class Dweight {
         for (int64_t o = 0; o < outputs; o += kSumRows) {
           float* const to = sums + point * kSums + o * kBlock + i;
           for (int64_t step = 0; step < steps; step += kTerms)
-            multiply(dy_.from(point, output + o, step), x_.from(point, input + i, step),
-                     minimum(kTerms, steps - step),
-                     [=](int row, int v, Vec<float> sum) FUSEDRES_INLINE_LAMBDA {
-                       float* const at = to + row * kBlock + v * kLanes;
-                       store(at, step == 0 ? sum : load(at, AllLanes{}) + sum);
-                     });
+            multiply(
+                dy_.from(point, output + o, step), x_.from(point, input + i, step),
+                minimum(kTerms, steps - step), [](int64_t) {},
+                [=](int row, int v, Vec<float> sum) FUSEDRES_INLINE_LAMBDA {
+                  float* const at = to + row * kBlock + v * kLanes;
+                  store(at, step == 0 ? sum : load(at, AllLanes{}) + sum);
+                });
         }
     Vec<float> differences{};  // NaN where a value is not finite
     for (int64_t o = 0; o < outputs; ++o)

@@ -195,8 +195,8 @@ class Round {
         static_cast<float*>(arrays_.empty(outputs * rows.kernel * columns.kernel * inputs, DType::kFloat32));
     variant_.conv_dweight({images, inputs, outputs, tile, rows, columns, dtype_,
                            arrays_.filled(images * rows.size * columns.size * inputs, dtype_),
-                           arrays_.filled(images * rows.outputs * columns.outputs * outputs, dtype_),
-                           dweight});
+                           arrays_.filled(images * rows.outputs * columns.outputs * outputs, dtype_), dweight,
+                           1 + draw(3)});
   }
 
  private:
