@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/ddp.py
 
 NCCL where each process has a GPU of its own, gloo on CPUs otherwise. Fuse before wrapping; nothing else differs from
-DDP as usual. `--sync-bn` converts the norms to SyncBatchNorm first, whose statistics are of all processes' images;
-those are fused too. DDP itself takes them on GPUs only.
+DDP as usual. `--sync-bn` converts the norms to SyncBatchNorm, whose statistics are of all processes' images; those are
+fused too, on CPUs as well. There DDP refuses to wrap them: convert what is wrapped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--batch", type=int, default=16, help="images of each process in a step")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--sync-bn", action="store_true", help="statistics over all processes; needs GPUs")
+    parser.add_argument("--sync-bn", action="store_true", help="statistics over all processes")
     return parser.parse_args()
 
 
@@ -53,11 +53,11 @@ def main() -> int:
     try:
         torch.manual_seed(rank)  # DDP hands the first process's weights to all
         model = getattr(import_torchvision().models, options.model)(num_classes=10)
-        if options.sync_bn:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         report = fusedres.fuse(model)
         model = model.to(device, memory_format=torch.channels_last)
         parallel = DistributedDataParallel(model, device_ids=[local] if gpu else None)
+        if options.sync_bn:
+            nn.SyncBatchNorm.convert_sync_batchnorm(parallel)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         for step in range(options.steps):
             images = torch.randn(options.batch, 3, options.size, options.size, device=device)

@@ -223,7 +223,8 @@ def bn_act(
     group, group_r = synchronised.group_of(norm), synchronised.group_of(residual_norm)
     if group is not None or group_r is not None:
         y = None
-        if norm is not None and group is not None and (residual_norm is None or group_r == group):
+        joint = residual_norm is None or synchronised.are_joint(row, group, group_r)
+        if norm is not None and group is not None and joint:
             y = synchronised.bn_act(x, norm, residual, residual_norm, gate, row, group)
         if y is not None:
             return y if isinstance(act, Activation) else act(y)

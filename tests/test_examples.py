@@ -81,5 +81,5 @@ def test_serving(dtype):
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_processes():
     words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, EXAMPLES / "ddp.py")
-    printed = run(*words, "--size", 32, "--batch", 2, "--steps", 2)
+    printed = run(*words, "--size", 32, "--batch", 2, "--steps", 2, "--sync-bn")
     assert "9 fused on each of 2 processes; parameters differ by 0.0" in printed

@@ -52,13 +52,9 @@ def bn_act(
     backend = dispatch.choose(request)
     if "bn_act" in backend.plain:
         return backend.plain["bn_act"](x, norm, residual, residual_norm, gate, activation)
-    weight, bias, mean, var, _, momentum, eps = norm or _ABSENT
-    weight_r, bias_r, mean_r, var_r, _, momentum_r, eps_r = residual_norm or _ABSENT
-    tensors = (x, weight, bias, mean, var, residual, weight_r, bias_r, mean_r, var_r, gate)
-    y = kernels.of(backend, "bn_act")(*tensors, *sources, momentum, momentum_r, eps, eps_r, activation.code)
+    y = kernels.of(backend, "bn_act")(*arguments_of(x, norm, residual, residual_norm, gate, activation))
     if not torch.compiler.is_compiling():  # a compiled graph writes the statistics back itself
-        moved = zip((mean, var, mean_r, var_r), (sources[0], sources[0], sources[1], sources[1]), strict=True)
-        torch.autograd.graph.increment_version([t for t, s in moved if t is not None and s == Statistics.BATCH])
+        torch.autograd.graph.increment_version(moved_by(norm, residual_norm))
     return y
 
 
@@ -70,6 +66,28 @@ def statistics_of(norm: Norm | None) -> int:
     if norm is None:
         return Statistics.ABSENT.value
     return (Statistics.BATCH if norm.training else Statistics.RUNNING).value
+
+
+def arguments_of(
+    x: Tensor,
+    norm: Norm | None,
+    residual: Tensor | None,
+    residual_norm: Norm | None,
+    gate: Tensor | None,
+    act: Activation,
+) -> tuple[Any, ...]:
+    """The operators' arguments, as the schema has them."""
+    weight, bias, mean, var, _, momentum, eps = norm or _ABSENT
+    weight_r, bias_r, mean_r, var_r, _, momentum_r, eps_r = residual_norm or _ABSENT
+    tensors = (x, weight, bias, mean, var, residual, weight_r, bias_r, mean_r, var_r, gate)
+    sources = statistics_of(norm), statistics_of(residual_norm)
+    return *tensors, *sources, momentum, momentum_r, eps, eps_r, act.code
+
+
+def moved_by(*norms: Norm | None) -> list[Tensor]:
+    """The running statistics that a call moves."""
+    moving = [norm for norm in norms if norm is not None and norm.training]
+    return [t for norm in moving for t in (norm.running_mean, norm.running_var) if t is not None]
 
 
 class BnAct(torch.autograd.Function):

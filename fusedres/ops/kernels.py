@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +43,17 @@ class Spec:
     function: type[torch.autograd.Function]
     gradients: int = 7
     kept: str = "mask"
+
+
+class Operators(Protocol):
+    """What an autograd function computes an op with: `forward` and `backward` by the schemas' arguments."""
+
+    @property
+    def backend(self) -> Backend: ...
+    @property
+    def forward(self) -> Callable[..., Any]: ...
+    @property
+    def backward(self) -> Callable[..., Any]: ...
 
 
 class Kernels:

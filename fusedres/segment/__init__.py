@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import dispatch
-from fusedres.backends import Geometry
+from fusedres.backends import Backend, Geometry
 from fusedres.memory import Memory
 from fusedres.modules import count_batch, dtypes_fit, is_hooked, member, norm_of
 from fusedres.ops import kernels
-from fusedres.segment.function import SegmentFunction
+from fusedres.ops.bn_act import moved_by
+from fusedres.segment.function import SegmentFunction, SyncSegmentFunction
 from fusedres.segment.plan import Plan, Step
 from fusedres.segment.requests import computing_dtype, requests_of
-from fusedres.synchronised import group_of
+from fusedres.synchronised import Synchronised, are_joint, group_of
 
 
 class Link(NamedTuple):
@@ -65,20 +66,22 @@ def run(x: Tensor, links: Sequence[Link], end: End | None, memory: Memory) -> Te
     """The segment's output, or None where this call can't have it as one function."""
     every = links if end is None or end.projection is None else (*links, end.projection)
     shortcut = None if end is None else end.shortcut
-    dtype, steps = computing_dtype(x), []
+    dtype, steps, groups = computing_dtype(x), [], []
     for conv, norm, act in every:
         # A cumulative average has to read the counter first; a frozen norm has no momentum at all.
         if norm.__dict__.get("momentum", 0.0) is None or not dtypes_fit(dtype, norm):
             return None
-        if group_of(norm) is not None:
-            return None
         weight, bias = conv._parameters["weight"], member(conv, "bias")
         geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
         steps.append(Step(weight, bias, geometry, norm_of(norm), act))
+        groups.append(group_of(norm))
+    if len(every) > len(links) and not are_joint(links[-1].act, *groups[-2:]):
+        return None
     requests = requests_of(x, shortcut, dtype, steps, len(links))
     if requests is None or any(dispatch.serving(request).plain for request in requests.norms):
         return None
-    operators = [kernels.of(dispatch.choose(request), "bn_act") for request in requests.norms]
+    backends = [dispatch.choose(request) for request in requests.norms]
+    operators = [_operators(backend, group) for backend, group in zip(backends, groups, strict=False)]
     for index, request in enumerate(requests.convolutions):
         convolution = dispatch.convolving(request).training_convolution
         if convolution is not None:
@@ -87,9 +90,14 @@ def run(x: Tensor, links: Sequence[Link], end: End | None, memory: Memory) -> Te
     for link in every:
         count_batch(link.norm)
     parameters = [t for step in steps for t in (step.weight, step.bias, step.norm.weight, step.norm.bias)]
-    moved = [t for step in steps if step.norm.training for t in step.norm[2:4] if t is not None]
+    moved = moved_by(*(step.norm for step in steps))
     projection = steps.pop() if len(every) > len(links) else None
     plan = Plan(steps, operators, end is not None, projection, dtype, memory)
-    y = SegmentFunction.apply(plan, x, None if shortcut is x else shortcut, *parameters)
+    function = SyncSegmentFunction if any(group is not None for group in groups) else SegmentFunction
+    y = function.apply(plan, x, None if shortcut is x else shortcut, *parameters)
     torch.autograd.graph.increment_version(moved)
     return y  # pyright: ignore[reportReturnType]
+
+
+def _operators(backend: Backend, group: Any) -> kernels.Operators:
+    return kernels.of(backend, "bn_act") if group is None else Synchronised(backend, group)

@@ -172,7 +172,7 @@ class Backward:
 
 
 def _normalise_backward(
-    operators: kernels.Kernels,
+    operators: kernels.Operators,
     step: Step,
     dy: Tensor,
     y: Tensor | None,
@@ -192,7 +192,7 @@ def _normalise_backward(
     return operators.backward(dy, y, mask, *branch, residual, *shortcut, None, *sources, step.act.code, wanted)
 
 
-def _activate_again(operators: kernels.Kernels, step: Step, link: Kept) -> Tensor:
+def _activate_again(operators: kernels.Operators, step: Step, link: Kept) -> Tensor:
     """act(norm(output)) from the saved statistics, with the forward's roundings."""
     affine = gradients.affine_of(link.stats, link.norm_weight, link.norm_bias)
     affine_act = kernels.of(operators.backend, "affine_act")

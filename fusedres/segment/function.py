@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fusedres.backends import Norm
 from fusedres.epilogue import IDENTITY
 from fusedres.memory import Memory
 from fusedres.ops import gradients, kernels
-from fusedres.ops.bn_act import statistics_of
+from fusedres.ops.bn_act import arguments_of
 from fusedres.segment.backward import Backward, backward_again
 from fusedres.segment.plan import ARGUMENTS, FIRST, Kept, Plan, Step, in_layout_of, is_dropped
 
@@ -77,22 +77,24 @@ class SegmentFunction(torch.autograd.Function):
         ]
 
 
-_ABSENT = Norm()
+class SyncSegmentFunction(SegmentFunction):
+    """With statistics of a process group, of which only the first derivatives are known."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return SegmentFunction.backward(ctx, dy)
 
 
 def _normalise(
-    operators: kernels.Kernels, step: Step, output: Tensor, residual: Tensor | None, projection: Step | None
+    operators: kernels.Operators, step: Step, output: Tensor, residual: Tensor | None, projection: Step | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, stats, stats_r, mask)"""
     if residual is not None:
         residual = in_layout_of(output, residual)
-    norm, norm_r = step.norm, None if projection is None else projection.norm
-    weight, bias, mean, var, _, momentum, eps = norm
-    weight_r, bias_r, mean_r, var_r, _, momentum_r, eps_r = norm_r or _ABSENT
-    tensors = (output, weight, bias, mean, var, residual, weight_r, bias_r, mean_r, var_r, None)
-    sources = statistics_of(norm), statistics_of(norm_r)
-    keeps_mask = kernels.keeps_mask(step.act, residual)
-    return operators.forward(*tensors, *sources, momentum, momentum_r, eps, eps_r, step.act.code, keeps_mask)
+    norm_r = None if projection is None else projection.norm
+    arguments = arguments_of(output, step.norm, residual, norm_r, None, step.act)
+    return operators.forward(*arguments, kernels.keeps_mask(step.act, residual))
 
 
 def _kept(

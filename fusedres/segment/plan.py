@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     """
 
     chain: list[Step]
-    operators: list[kernels.Kernels]
+    operators: list[kernels.Operators]
     joins: bool
     projection: Step | None
     dtype: torch.dtype
