@@ -1,6 +1,7 @@
 """Batch norms whose statistics are those of a whole process group, by the ops' kernels.
 
-    forward   gather every process's mean, variance and count, merge them by Chan; then one pass of affine_act
+    forward   bn_act's statistics of this share; gather every process's mean, variance and count, merge them by Chan;
+              then one pass of affine_act
     backward  one pass of bn_act's backward with the statistics held fixed: g, dweight, dbias; sum the latter over the
               group; then dx = A * g + B * (x - mean) + D,  A = weight * rstd, B = -A * rstd * dweight / M,
               D = -A * dbias / M, in one pass of affine_act
@@ -113,7 +114,8 @@ class Synchronised:
         keep_mask: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(y, stats, stats_r, mask)"""
-        moments = _gather([x] if residual is None or statistics_r == _ABSENT else [x, residual], self.group)
+        operands = [x] if residual is None or statistics_r == _ABSENT else [x, residual]
+        moments = _merge([self._moments(t) for t in operands], self.group)
         stats, stats_r = _settle(x, moments[0], running_mean, running_var, momentum, eps), kernels.nothing(x)
         shortcut = Affine()
         if len(moments) > 1:
@@ -167,6 +169,15 @@ class Synchronised:
             dr = g if shortcut is None else self._spread(g, None, shortcut, *means[2:])
         return dx, *sums[:2], dr, *(sums[2:] or (None, None)), dgate
 
+    def _moments(self, t: Tensor) -> _Moments:
+        """Of this share: the statistics that `bn_act` computes; its output is not wanted."""
+        count = t.new_full((1,), t.numel() // t.shape[1], dtype=torch.float64)
+        if not t.numel():
+            return _Moments(*count.new_zeros(2, t.shape[1]), count)
+        norm = Norm(training=True, eps=_NO_EPS)
+        high, low, rstd = self._bn_act.forward(*arguments_of(t, norm, None, None, None, IDENTITY), False)[1].double()
+        return _Moments(high + low, rstd.pow(-2) - _NO_EPS, count)
+
     def _reduce(
         self,
         dy: Tensor,
@@ -206,25 +217,20 @@ class _Operand(NamedTuple):
 _SUMS = [False, True, True, False, False, False, False]  # dweight and dbias alone
 
 
+_NO_EPS = 1e-30  # the least of a variance that is not zero; fp32 has its root
+
+
 class _Moments(NamedTuple):
-    """Of each channel over the group, in fp64, and the number of values they are of."""
+    """Of each channel, in fp64, and the number of values they are of."""
 
     mean: Tensor  # (C,)
     var: Tensor  # (C,), biased
     count: Tensor  # (1,)
 
 
-def _gather(operands: list[Tensor], group: Any) -> list[_Moments]:
-    """The operands' moments over the group, by Chan's merge of all shares at once."""
-    mine = []
-    for t in operands:
-        values = t.numel() // t.shape[1]
-        if values:
-            wide = t.to(torch.promote_types(t.dtype, torch.float32))
-            var, mean = torch.var_mean(wide, [d for d in range(t.dim()) if d != 1], correction=0)
-        else:
-            var = mean = t.new_zeros(t.shape[1])
-        mine += [mean.double(), var.double(), mean.new_full((1,), values, dtype=torch.float64)]
+def _merge(operands: list[_Moments], group: Any) -> list[_Moments]:
+    """Every operand's moments over the group, by Chan's merge of all shares at once."""
+    mine = [t for moments in operands for t in moments]
     sizes, packed = [t.numel() for t in mine], torch.cat(mine)
     shares = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shares, packed, group)

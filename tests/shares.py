@@ -18,6 +18,8 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedres
+from fusedres import executor
+from fusedres.epilogue import IDENTITY
 from fusedres.residual import Residual, Stage, run
 
 
@@ -185,6 +187,24 @@ def together(group, found):
 
 def error(actual, truth):
     return max(((actual.double() - truth).norm() / truth.norm()).item(), 2**-12)
+
+
+def know_means_beyond_their_precision(group):
+    """In float32, where values are far from zero beside their deviation; each image has a mean of its own."""
+    shape = group.total, 4, 8, 8
+    x = 1e5 + torch.arange(group.total).view(-1, 1, 1, 1) + torch.randn(shape)
+    weights, whole = torch.randn(shape), nn.BatchNorm2d(4)
+    exact = copy.deepcopy(whole).double()
+    shared = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(whole))
+    found = []
+    for norm, dtype, share in ((exact, torch.float64, slice(None)), (shared, torch.float32, group.mine)):
+        given = x[share].to(dtype).requires_grad_()
+        y = executor.bn_act(given, norm, IDENTITY)
+        (y * weights[share]).sum().backward()
+        found.append((y.detach()[group.mine if norm is exact else slice(None)], given.grad))
+    (y, dx), (our_y, our_dx) = found
+    for actual, expected in ((our_y, y), (our_dx, dx[group.mine])):
+        assert (actual - expected).norm() <= 1e-6 * expected.norm()
 
 
 def accumulate_without_synchronising_gradients(group):
