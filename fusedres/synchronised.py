@@ -173,7 +173,8 @@ class Synchronised:
         """Of this share: the statistics that `bn_act` computes; its output is not wanted."""
         count = t.new_full((1,), t.numel() // t.shape[1], dtype=torch.float64)
         if not t.numel():
-            return _Moments(*count.new_zeros(2, t.shape[1]), count)
+            nothing = count.new_zeros(t.shape[1])
+            return _Moments(nothing, nothing, count)
         norm = Norm(training=True, eps=_NO_EPS)
         high, low, rstd = self._bn_act.forward(*arguments_of(t, norm, None, None, None, IDENTITY), False)[1].double()
         return _Moments(high + low, rstd.pow(-2) - _NO_EPS, count)
