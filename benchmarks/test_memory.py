@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from fusedres.testing import import_torchvision
 
 resnet = import_torchvision().models.resnet
 BUDGET = 0.5
+# model, batch, height and width
+NETWORKS = (("resnet50", 16, 224), ("resnet18", 16, 224), ("cifar/resnet18", 64, 32))
 
 
 def policy(name: str) -> Entry:
@@ -60,10 +63,10 @@ CONTESTANTS: dict[str, Entry] = {
 
 
 def cases(quick: bool) -> dict[str, Work]:
-    name, batch, size = ("resnet18", 2, 64) if quick else ("resnet50", 16, 224)
+    sizes = (("resnet18", 2, 64),) if quick else NETWORKS
     works = [
         Work(name, True, batch, size, dtype, torch.device("cpu"))
-        for dtype in (torch.bfloat16, torch.float32)
+        for (name, batch, size), dtype in product(sizes, (torch.bfloat16, torch.float32))
         if not quick or dtype is torch.bfloat16
     ]
     return {f"memory policies, {work}": work for work in works}

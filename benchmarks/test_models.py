@@ -20,6 +20,7 @@ MODELS = ("resnet18", "resnet50", "timm/resnet50d", "timm/seresnet50")
 QUICK_MODELS = ("resnet18", "timm/resnet10t")
 # training, batch
 TASKS = ((True, 16), (False, 16), (False, 1))
+CIFAR, CIFAR_BATCH, CIFAR_SIZE = "cifar/resnet18", 64, 32
 QUICK_TASKS = ((True, 2), (False, 2), (False, 1))
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -31,12 +32,17 @@ def build(name: str) -> nn.Module:
 
 
 def cases(quick: bool) -> dict[str, Work]:
-    """The quick ones are small, and bf16 for the first model alone."""
+    """The quick ones are small, and bf16 for the first model alone; of CIFAR's ResNet-18 the training step."""
     names, tasks, size = (QUICK_MODELS, QUICK_TASKS, 64) if quick else (MODELS, TASKS, 224)
     works = [
         Work(name, training, batch, size, dtype, torch.device("cpu"))
         for name, dtype, (training, batch) in product(names, DTYPES, tasks)
         if not quick or dtype is torch.float32 or name is names[0]
+    ]
+    works += [
+        Work(CIFAR, True, 2 if quick else CIFAR_BATCH, CIFAR_SIZE, dtype, torch.device("cpu"))
+        for dtype in DTYPES
+        if not quick or dtype is torch.float32
     ]
     return {str(work): work for work in works}
 

@@ -247,6 +247,10 @@ def test_models_by_name():
     assert type(networks.build("resnet18")).__module__.startswith("torchvision")
     assert type(networks.build("timm/resnet10t")).__module__.startswith("timm")
     assert networks.image_size(networks.build("timm/resnet10t")) == 176
+    small = networks.build("cifar/resnet18")
+    assert networks.image_size(small) == 32
+    assert small.state_dict().keys() == fusedres.models.cifar_resnet18().state_dict().keys()
+    small.load_state_dict(fusedres.models.cifar_resnet18().state_dict())
     assert networks.image_size(small_models.tiny()) == 224
 
 

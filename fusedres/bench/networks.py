@@ -1,4 +1,4 @@
-"""Models by name: torchvision's and timm's, or `module:function`."""
+"""Models by name: torchvision's and timm's, one for small images, or `module:function`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def build(name: str) -> nn.Module:
     """A new model with random weights.
 
     Args:
-        name: of torchvision or timm, the first where both have it ("timm/resnet50" chooses), or `module:function`,
-            a function without arguments that returns a model.
+        name: of torchvision or timm, the first where both have it ("timm/resnet50" chooses), "cifar/resnet18", or
+            `module:function`, a function without arguments that returns a model.
     """
     if ":" in name:
         return _from_function(name)
@@ -47,15 +47,25 @@ def _catalogues() -> dict[str, set[str]]:
     if find_spec("torchvision") is not None:
         models = import_torchvision().models
         found["torchvision"] = set(models.list_models(module=models))
+        found["cifar"] = {"resnet18"}
     if find_spec("timm") is not None:
         found["timm"] = set(_timm().list_models())
     return found
 
 
 def _create(library: str, name: str) -> nn.Module:
+    if library == "timm":
+        return _timm().create_model(name)
     if library == "torchvision":
         return import_torchvision().models.get_model(name, weights=None)
-    return _timm().create_model(name)
+    return _for_small_images(import_torchvision().models.get_model(name, weights=None, num_classes=10))
+
+
+def _for_small_images(model: Any) -> nn.Module:
+    """torchvision's ResNet as CIFAR's is: a stem of 3x3, without strides and pool."""
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    model.default_cfg = {"input_size": (3, 32, 32)}
+    return model
 
 
 def _timm() -> Any:
