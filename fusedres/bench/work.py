@@ -178,10 +178,16 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    return max(held_bytes(step), default=0)
+
+
+def held_bytes(call: Callable[[], object]) -> list[int]:
+    """What torch's allocator for CPUs held after each of its events during a call, beyond what it held before."""
     # acc_events: torch 2.11 warns of cycles otherwise, and there is one
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
-        step()
+        result = call()
+    del result  # not before its profile ends
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
@@ -189,4 +195,4 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     changes = [event for event in events if event.get("name") == "[memory]"]
     held = [event["args"] for event in sorted(changes, key=lambda event: event["ts"])]
     before = held[0]["Total Allocated"] - held[0]["Bytes"] if held else 0
-    return max((args["Total Allocated"] for args in held), default=0) - before
+    return [args["Total Allocated"] - before for args in held]
