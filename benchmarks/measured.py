@@ -150,10 +150,7 @@ def section(run: Run) -> Iterator[str]:
     yield from (f"{_words(run.conditions)}, by", "", f"    {run.command}", "")
     for picture, race in run.tradeoffs():
         yield from (f"![peak memory against time, {race.name}](measured/{picture.name})", "")
-        yield from ("| " + race.name + " | ms | peak MB |", "|---|---|---|")
-        for name, (milliseconds, megabytes) in _points(race).items():
-            yield f"| {name} | {milliseconds:.0f} | {megabytes:.0f} |"
-        yield ""
+        yield from _tradeoff(race)
     names = list(dict.fromkeys(name for race in run.races for name in race.entries))
     ours = [name for name in names if name not in (BASE, *PEERS)]
     rates = [
@@ -170,6 +167,19 @@ def section(run: Run) -> Iterator[str]:
             facts = _facts(race, name)
             cells += [f"{facts[rate]:.1f} ({facts[share]:.0%})" if rate in facts else "" for rate, _, share in rates]
         yield f"| {race.name} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _tradeoff(race: Race) -> Iterator[str]:
+    """A row for each contestant whose memory was counted, with its process's memory where that was too."""
+    points = _points(race)
+    resident = {name: _facts(race, name).get("resident_bytes") for name in points}
+    told = any(resident.values())
+    yield f"| {race.name} | ms | peak MB |{' resident MB |' if told else ''}"
+    yield "|---" * (4 if told else 3) + "|"
+    for name, (milliseconds, megabytes) in points.items():
+        row = f"| {name} | {milliseconds:.0f} | {megabytes:.0f} |"
+        yield f"{row} {resident[name] / 1e6:.0f} |" if told else row
     yield ""
 
 

@@ -1,14 +1,26 @@
-"""Peak memory against time of a training step: the memory policies beside checkpointing and a compiler's budget."""
+"""Peak memory against time of a training step: the memory policies beside checkpointing and a compiler's budget.
+
+    python benchmarks/test_memory.py CASE CONTESTANT    the bytes that a process has which does nothing else
+
+Beside the most that torch's allocator held, which a step's tensors explain, stands what such a process took of the
+machine: libraries, kernels' own scratch and malloc's gaps too.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import Race, add_rates, whole
+from conftest import ROOT, Race, add_rates, whole
 from torch import nn
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
@@ -16,8 +28,10 @@ from torch.utils.checkpoint import checkpoint
 import fusedres
 from fusedres.bench import networks
 from fusedres.bench.ceilings import Ceilings
+from fusedres.bench.comparison import WARM_UPS
 from fusedres.bench.contestants import BASELINE, ENTRIES, Entry, in_channels_last, step_of
 from fusedres.bench.work import Step, Work
+from fusedres.machine import PAGES_KEPT
 from fusedres.testing import import_torchvision
 
 resnet = import_torchvision().models.resnet
@@ -87,6 +101,7 @@ def test_policies(
 ) -> None:
     work = cases(quick)[case]
     benchmark.group = case
+    benchmark.extra_info["resident_bytes"] = None if quick else resident_bytes(case, contestant)
     entries = {name: CONTESTANTS[name] for name in races(quick)[case]}
 
     def build() -> Any:
@@ -95,3 +110,32 @@ def test_policies(
 
     samples = race(benchmark, case, contestant, build)
     add_rates(benchmark, work, samples, ceiling(work.dtype))
+
+
+def resident_bytes(case: str, contestant: str) -> int | None:
+    """The most memory that a process of its own has during a step, after its first steps; Linux alone tells."""
+    if sys.platform != "linux":
+        return None
+    environment = {name: value for name, value in os.environ.items() if name not in PAGES_KEPT}
+    command = [sys.executable, __file__, case, contestant]
+    done = subprocess.run(
+        command, env=environment | {"PYTHONPATH": str(ROOT)}, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return int(done.stdout)
+
+
+def train_alone(case: str, contestant: str) -> int:
+    work = (cases(quick=False) | cases(quick=True))[case]
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    step = CONTESTANTS[contestant](networks.build(work.model), work)
+    for _ in range(WARM_UPS):
+        step()
+    ctypes.CDLL(None).malloc_trim(0)  # what building and compiling left behind
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest mark so far
+    step()
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes) * 1024
+
+
+if __name__ == "__main__":
+    sys.stdout.write(str(train_alone(*sys.argv[1:])))

@@ -5,7 +5,9 @@ import csv
 import io
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -176,6 +178,15 @@ def test_a_peer_that_is_missing_says_how_to_have_it(monkeypatch):
     monkeypatch.setattr("fusedres.bench.contestants.find_spec", lambda name: None)
     with pytest.raises(Absent, match=r"openvino is not installed; pip install 'fusedres\[peers\]'"):
         PEERS["openvino"](small_models.tiny(), work(training=False))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux counts it")
+def test_a_process_of_its_own_tells_what_a_step_takes_of_the_machine():
+    root = Path(__file__).parents[1]
+    case = "memory policies, resnet18, training step, batch 2, 64 x 64, bf16, cpu"
+    command = [sys.executable, root / "benchmarks" / "test_memory.py", case, "fusedres min"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, check=True, stdout=subprocess.PIPE)
+    assert 1e8 < int(done.stdout) < 4e9
 
 
 def test_peak_memory_is_the_most_that_is_held_at_once():

@@ -77,3 +77,23 @@ def test_lost_races_and_rates_are_told(tmp_path):
     assert f"    OMP_NUM_THREADS=3 {command} -k resnet18 --benchmark-json=FILE" in page
     path.write_text(json.dumps({"benchmarks": found}))
     assert f"    OMP_NUM_THREADS=3 {command} --benchmark-json=FILE" in measured.page([measured.Run.read(path)])
+
+
+def test_memory_is_told_beside_time_as_far_as_it_was_counted(tmp_path):
+    path = tmp_path / "device" / "2026-01-01-memory.json"
+    path.parent.mkdir()
+    found = [result("eager", 1.0, 1.0, 1.0), result("fusedres min", 0.9, 0.8, 0.95)]
+    for entry, peak, resident in zip(found, (8e6, 4e6), (5e7, 4e7), strict=True):
+        entry["group"] = "memory policies, a network"
+        entry["extra_info"] |= {"peak_bytes": peak, "resident_bytes": resident}
+    path.write_text(json.dumps({"benchmarks": found}))
+    page = measured.page([measured.Run.read(path)])
+    assert (
+        "| memory policies, a network | ms | peak MB | resident MB |\n|---|---|---|---|\n| eager | 500 | 8 | 50 |"
+        in page
+    )
+    for entry in found:
+        entry["extra_info"]["resident_bytes"] = None
+    path.write_text(json.dumps({"benchmarks": found}))
+    page = measured.page([measured.Run.read(path)])
+    assert "| memory policies, a network | ms | peak MB |\n|---|---|---|\n| eager | 500 | 8 |\n" in page
