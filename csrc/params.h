@@ -201,7 +201,7 @@ struct ConvAxis {
   bool inside(int64_t place) const { return 0 <= place && place < size; }
 };
 
-// y = act(conv(x, weight) + bias + residual), all in channels_last
+// y = act(conv(x, weight) * scale + bias + residual), all in channels_last
 struct ConvAct {
   int64_t images;
   int64_t inputs;   // channels of x
@@ -212,11 +212,12 @@ struct ConvAct {
   ConvAxis columns;
   DType dtype;  // float32 or bfloat16
   int act;
-  const void* x;         // (N, H, W, I) T
-  const void* weights;   // T, packed: csrc/cpu/conv_weights.h
-  const float* bias;     // (O,), or null
-  const void* residual;  // (N, H', W', O) T, or null; may be y
-  void* y;               // (N, H', W', O) T
+  const void* x;                 // (N, H, W, I) T
+  const void* weights;           // T, packed: csrc/cpu/conv_weights.h
+  const float* bias;             // (O,), or null
+  const void* residual;          // (N, H', W', O) T, or null; may be y
+  void* y;                       // (N, H', W', O) T
+  const float* scale = nullptr;  // (O,), or null
 };
 
 // packed <- weight, as csrc/cpu/conv_weights.h says; one group

@@ -284,7 +284,7 @@ WINDOWS = ((1, 1), (1, 1), (1, 1), 1, 1)
 @pytest.mark.parametrize("joins", [False, True])
 def test_the_operator_writes_into_what_it_is_given(joins: bool) -> None:
     x, packed, bias, residual = operands()
-    operators, given = torch.ops.fusedres_native, (x, packed, bias, residual if joins else None, *WINDOWS)
+    operators, given = torch.ops.fusedres_native, (x, packed, bias, None, residual if joins else None, *WINDOWS)
     y = torch.empty_like(residual)
     operators.conv_act_out(*given, y)
     assert torch.equal(y, operators.conv_act(*given))
@@ -305,4 +305,4 @@ def test_the_operator_refuses_a_result_of_other_sizes(dim: int) -> None:
         (torch.empty_like(residual, dtype=torch.bfloat16), "y must have the sizes and the dtype"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.fusedres_native.conv_act_out(x, packed, bias, None, *WINDOWS, y)
+            torch.ops.fusedres_native.conv_act_out(x, packed, bias, None, None, *WINDOWS, y)

@@ -97,6 +97,7 @@ class Case:
         residual: bool = False,
         bias: bool = True,
         dtype: torch.dtype = torch.float32,
+        scale: bool = False,
     ) -> None:
         g = torch.Generator().manual_seed(seed)
         inputs, kernel = shape.inputs // shape.groups, shape.kernel
@@ -105,13 +106,18 @@ class Case:
         weight = torch.randn(shape.outputs, inputs, *kernel, generator=g) / (inputs * kernel[0] * kernel[1]) ** 0.5
         self.weight = weight.to(dtype)
         self.bias = torch.randn(shape.outputs, generator=g) if bias else None
+        self.scale = torch.randn(shape.outputs, generator=g) if scale else None
         self.windows = shape.stride, shape.padding, shape.dilation, shape.groups
         pixels = self.sums().shape
         self.residual = channels_last(torch.randn(pixels, generator=g).to(dtype)) if residual else None
 
     def sums(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        x, weight = self.x.to(dtype), self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return F.conv2d(self.x.to(dtype), self.weight.to(dtype), bias, *self.windows)
+        if self.scale is None:
+            return F.conv2d(x, weight, bias, *self.windows)
+        z = F.conv2d(x, weight, None, *self.windows) * self.scale.to(dtype).view(-1, 1, 1)
+        return z if bias is None else z + bias.view(-1, 1, 1)
 
     def expected(self, dtype: torch.dtype = torch.float64) -> Tensor:
         z = self.sums(dtype)
@@ -120,12 +126,15 @@ class Case:
     def packed(self) -> Tensor:
         return operators().conv_act_pack(self.weight, self.shape.groups, self.shape.tile)
 
+    def taps(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.packed(), self.bias, self.scale
+
     def found(self) -> Tensor:
-        return operators().conv_act(self.x, self.packed(), self.bias, self.residual, *self.windows, self.act)
+        return operators().conv_act(self.x, *self.taps(), self.residual, *self.windows, self.act)
 
     def found_in_place(self) -> Tensor:
         assert self.residual is not None
-        operators().conv_act_(self.x, self.packed(), self.bias, self.residual, *self.windows, self.act)
+        operators().conv_act_(self.x, *self.taps(), self.residual, *self.windows, self.act)
         return self.residual
 
 
@@ -143,8 +152,9 @@ def assert_close(found: Tensor, expected: Tensor, case: Case) -> None:
 @in_both_dtypes
 @pytest.mark.parametrize("shape", DIRECT + WINOGRAD, ids=repr)
 def test_the_result_is_the_formula_in_fp64(shape, dtype):
-    for seed, (act, residual, bias) in enumerate(((0, False, False), (1, True, True), (4, False, True))):
-        case = Case(shape, seed, act, residual, bias, dtype)
+    given = (0, False, False, False), (1, True, True, False), (4, False, True, True), (1, True, False, True)
+    for seed, (act, residual, bias, scale) in enumerate(given):
+        case = Case(shape, seed, act, residual, bias, dtype, scale)
         assert_close(case.found(), case.expected(), case)
 
 
@@ -161,7 +171,7 @@ def test_every_activation(shape, act, dtype):
 @pytest.mark.parametrize("shape", DIRECT + WINOGRAD, ids=repr)
 def test_the_result_may_take_the_residuals_place(shape, dtype):
     for act in (1, 5):
-        case = Case(shape, 0, act, residual=True, dtype=dtype)
+        case = Case(shape, 0, act, residual=True, dtype=dtype, scale=True)
         y = case.found()
         assert torch.equal(case.found_in_place(), y)
 
@@ -180,7 +190,7 @@ def test_the_result_may_take_the_residuals_place(shape, dtype):
 )
 def test_values_that_are_not_finite_stay_in_their_windows(shape, value, dtype):
     for row, column in ((0, 0), (5, 4), (10, 8), (3, 8)):
-        case = Case(shape, 1, act=1, residual=True, dtype=dtype)
+        case = Case(shape, 1, act=1, residual=True, dtype=dtype, scale=True)
         case.x[0, 1, row, column] = value
         expected = case.expected()
         overflow = expected.abs() > torch.finfo(torch.float32).max
@@ -239,7 +249,7 @@ def test_an_images_result_is_the_same_bits_in_any_batch(tile, dtype):
     whole = case.found()
     for image in range(3):
         case.x = channels_last(case.x)
-        one = operators().conv_act(case.x[image : image + 1], case.packed(), case.bias, None, *case.windows, case.act)
+        one = operators().conv_act(case.x[image : image + 1], *case.taps(), None, *case.windows, case.act)
         assert torch.equal(one[0], whole[image])
 
 
@@ -249,13 +259,14 @@ def test_packed_for_one_size_it_serves_any(size, dtype, monkeypatch):
     monkeypatch.setattr(native_convolution, "winograd_tile", lambda *sizes: 4)
     shape = Shape(32, 48, size=(30, 28))
     geometry, act = Geometry(padding=(1, 1)), CATALOGUE[1]
-    case = Case(replace(shape, size=size), 0, act.code, residual=True, dtype=dtype)
-    packed = native_convolution.pack(Filter(case.weight, case.bias), geometry, (1, 32, *shape.size), True)
+    case = Case(replace(shape, size=size), 0, act.code, residual=True, dtype=dtype, scale=True)
+    taps = Filter(case.weight, case.bias, case.scale)
+    packed = native_convolution.pack(taps, geometry, (1, 32, *shape.size), True)
     room = 20 if dtype == torch.float32 else 18
     assert packed.weight.shape == (48, 32, 3, 3, room), "bytes a weight: its own, and four in float32 for a tile of 4"
     expected, rtol = case.expected(), 1e-5 if dtype == torch.float32 else 1 / 256 + 1e-5
     y = native_convolution.run(case.x, packed, case.residual, geometry, act, False)
-    unpacked = native_convolution.run(case.x, Filter(case.weight, case.bias), case.residual, geometry, act, False)
+    unpacked = native_convolution.run(case.x, taps, case.residual, geometry, act, False)
     written = native_convolution.run(case.x, packed, case.residual, geometry, act, True)
     assert written is case.residual
     for found in (y, unpacked, written):
@@ -275,20 +286,26 @@ def test_what_the_kernels_cant_read_is_refused():
     case = Case(Shape(8, 16), 0)
     for x in (case.x.contiguous(), case.x.bfloat16(), channels_last(torch.randn(2, 8, 9, 18))[..., ::2]):
         with pytest.raises(RuntimeError, match=r"x must be in channels_last|packed for other groups or another dtype"):
-            operators().conv_act(x, case.packed(), None, None, *case.windows, 0)
+            operators().conv_act(x, case.packed(), None, None, None, *case.windows, 0)
     with pytest.raises(RuntimeError, match="x has 6 channels, and the weight is for 8"):
-        operators().conv_act(channels_last(torch.randn(2, 6, 9, 9)), case.packed(), None, None, *case.windows, 0)
+        operators().conv_act(channels_last(torch.randn(2, 6, 9, 9)), case.packed(), None, None, None, *case.windows, 0)
     with pytest.raises(RuntimeError, match="the weight must come from conv_act_pack"):
-        operators().conv_act(case.x, case.weight, None, None, *case.windows, 0)
+        operators().conv_act(case.x, case.weight, None, None, None, *case.windows, 0)
     residual = torch.randn(2, 16, 9, 9)
     with pytest.raises(RuntimeError, match="the residual must be in channels_last"):
-        operators().conv_act(case.x, case.packed(), None, residual, *case.windows, 0)
-    with pytest.raises(RuntimeError, match="the bias must be float32"):
-        operators().conv_act(case.x, case.packed(), case.weight[:, 0, 0, 0].bfloat16(), None, *case.windows, 0)
+        operators().conv_act(case.x, case.packed(), None, None, residual, *case.windows, 0)
+    for values, problem in (
+        (torch.ones(16).bfloat16(), "float32"),
+        (torch.ones(15), "16 values side by side"),
+        (torch.ones(32)[::2], "16 values side by side"),
+    ):
+        for name, taps in (("bias", (values, None)), ("scale", (None, values))):
+            with pytest.raises(RuntimeError, match=f"the {name} must be {problem}"):
+                operators().conv_act(case.x, case.packed(), *taps, None, *case.windows, 0)
     with pytest.raises(RuntimeError, match="the residual must be of x's dtype"):
-        operators().conv_act(case.x, case.packed(), None, channels_last(residual).double(), *case.windows, 0)
+        operators().conv_act(case.x, case.packed(), None, None, channels_last(residual).double(), *case.windows, 0)
     with pytest.raises(RuntimeError, match="x must be float32 or bfloat16"):
-        operators().conv_act(case.x.double(), case.packed(), None, None, *case.windows, 0)
+        operators().conv_act(case.x.double(), case.packed(), None, None, None, *case.windows, 0)
     with pytest.raises(RuntimeError, match="the weight must be float32 or bfloat16"):
         operators().conv_act_pack(case.weight.double(), 1, 1)
 
@@ -298,8 +315,8 @@ def test_what_the_kernels_cant_read_is_refused():
 @pytest.mark.parametrize("inputs", [5, 8])
 def test_opcheck_without_exemptions(inputs, tile, dtype):
     shape = Shape(2 * inputs if tile == 1 else inputs, 20, groups=2 if tile == 1 else 1, size=(9, 7), tile=tile)
-    case = Case(shape, 0, act=1, residual=True, dtype=dtype)
-    arguments = (case.x, case.packed(), case.bias, case.residual, *case.windows, case.act)
+    case = Case(shape, 0, act=1, residual=True, dtype=dtype, scale=True)
+    arguments = (case.x, *case.taps(), case.residual, *case.windows, case.act)
     torch.library.opcheck(operators().conv_act.default, arguments)
     torch.library.opcheck(operators().conv_act_.default, arguments)
     torch.library.opcheck(operators().conv_act_pack.default, (case.weight, case.shape.groups, tile))

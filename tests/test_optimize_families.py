@@ -112,6 +112,33 @@ def test_bf16_is_on_average_no_worse_than_eagers() -> None:
     assert total["ours"] <= 1.1 * total["eager"]
 
 
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
+def test_a_bf16_models_weights_are_not_rounded_again(block: type[resnet.BasicBlock | resnet.Bottleneck]) -> None:
+    """Its error is 0.61 to 0.70 of eager's; norms folded into the weights, which are then rounded, 0.87 to 0.94."""
+    total = {"ours": 0.0, "eager": 0.0}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = trained(make(lambda: resnet.ResNet(block, [1, 1, 1, 1], num_classes=50))).bfloat16()
+        ours, _ = optimized(model)
+        x = batch(dtype=torch.bfloat16)
+        exact = outputs(copy.deepcopy(model).double(), x.double())
+        total["ours"] += error(outputs(ours, x), exact)
+        total["eager"] += error(outputs(model, x), exact)
+    assert total["ours"] <= 0.8 * total["eager"]
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """With the statistics of what the norms are given, as after training."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            module.reset_running_stats()
+    with torch.no_grad():
+        model.train()(batch())
+    return model.eval()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_model_of_another_dtype_runs_in_it(dtype: torch.dtype) -> None:
     model = make(basic(1, 1, 1, 1)).to(dtype)

@@ -56,53 +56,63 @@ void require_channels_last(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(is_channels_last(t), "conv_act: ", name, " must be in channels_last; convert it");
 }
 
-void run_conv_act(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const Tensor* residual,
-                  const Tensor& y, const Windows& windows, int64_t groups, int64_t act) {
+// A value for each of y's channels; null where there are none.
+const float* channels_of(const OptionalTensor& t, const Tensor& packed, const char* name) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(dtype_of(*t) == DType::kFloat32, "conv_act: ", name, " must be float32; convert it");
+  STD_TORCH_CHECK(t->numel() == packed.size(0) && t->is_contiguous(), "conv_act: ", name, " must be ",
+                  packed.size(0), " values side by side");
+  return static_cast<const float*>(t->data_ptr());
+}
+
+void run_conv_act(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
+                  const OptionalTensor& scale, const Tensor* residual, const Tensor& y,
+                  const Windows& windows, int64_t groups, int64_t act) {
   const DType dtype = conv_dtype(x, "x");
   require_channels_last(x, "x");
   if (residual) {
     require_channels_last(*residual, "the residual");
     STD_TORCH_CHECK(dtype_of(*residual) == dtype, "conv_act: the residual must be of x's dtype; convert it");
   }
-  STD_TORCH_CHECK(!bias || dtype_of(*bias) == DType::kFloat32,
-                  "conv_act: the bias must be float32; convert it");
   STD_TORCH_CHECK(x.size(1) == groups * packed.size(1), "conv_act: x has ", x.size(1),
                   " channels, and the weight is for ", groups * packed.size(1));
   const int64_t tile = tile_of(dtype, packed, groups);
   variant_for(dtype).conv_act({x.size(0), x.size(1), packed.size(0), groups, tile, windows.axis(x, packed, 0),
                                windows.axis(x, packed, 1), dtype, static_cast<int>(act), x.data_ptr(),
-                               packed.data_ptr(), static_cast<const float*>(pointer(bias)),
-                               residual ? residual->data_ptr() : nullptr, y.data_ptr()});
+                               packed.data_ptr(), channels_of(bias, packed, "the bias"),
+                               residual ? residual->data_ptr() : nullptr, y.data_ptr(),
+                               channels_of(scale, packed, "the scale")});
 }
 
 Tensor conv_act(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
-                const OptionalTensor& residual, const std::vector<int64_t>& stride,
-                const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                int64_t act) {
+                const OptionalTensor& scale, const OptionalTensor& residual,
+                const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                const std::vector<int64_t>& dilation, int64_t groups, int64_t act) {
   const Windows windows{stride, padding, dilation};
   const Tensor y = empty_channels_last(
       x, {x.size(0), packed.size(0), windows.axis(x, packed, 0).outputs, windows.axis(x, packed, 1).outputs});
-  run_conv_act(x, packed, bias, residual ? &*residual : nullptr, y, windows, groups, act);
+  run_conv_act(x, packed, bias, scale, residual ? &*residual : nullptr, y, windows, groups, act);
   return y;
 }
 
-void conv_act_(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const Tensor& residual,
-               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-               const std::vector<int64_t>& dilation, int64_t groups, int64_t act) {
-  run_conv_act(x, packed, bias, &residual, residual, {stride, padding, dilation}, groups, act);
+void conv_act_(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const OptionalTensor& scale,
+               const Tensor& residual, const std::vector<int64_t>& stride,
+               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+               int64_t act) {
+  run_conv_act(x, packed, bias, scale, &residual, residual, {stride, padding, dilation}, groups, act);
 }
 
 void conv_act_out(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
-                  const OptionalTensor& residual, const std::vector<int64_t>& stride,
-                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                  int64_t act, const Tensor& y) {
+                  const OptionalTensor& scale, const OptionalTensor& residual,
+                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                  const std::vector<int64_t>& dilation, int64_t groups, int64_t act, const Tensor& y) {
   const Windows windows{stride, padding, dilation};
   require_channels_last(y, "y");
   STD_TORCH_CHECK(dtype_of(y) == dtype_of(x) && y.size(0) == x.size(0) && y.size(1) == packed.size(0) &&
                       y.size(2) == windows.axis(x, packed, 0).outputs &&
                       y.size(3) == windows.axis(x, packed, 1).outputs,
                   "conv_act: y must have the sizes and the dtype of the result");
-  run_conv_act(x, packed, bias, residual ? &*residual : nullptr, y, windows, groups, act);
+  run_conv_act(x, packed, bias, scale, residual ? &*residual : nullptr, y, windows, groups, act);
 }
 
 }  // namespace

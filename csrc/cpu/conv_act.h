@@ -20,7 +20,8 @@ ConvResult<T> result_of(const ConvAct& op, int64_t pixel, int64_t group, int64_t
           static_cast<T*>(op.y) + at,
           op.outputs,
           minimum(ConvWeights::kWidth, outputs - within),
-          static_cast<Act>(op.act)};
+          static_cast<Act>(op.act),
+          op.scale ? op.scale + channel : nullptr};
 }
 
 // Neighbouring pixels of y, across rows and images, and where the windows' values lie that they are made of.

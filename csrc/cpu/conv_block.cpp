@@ -167,6 +167,7 @@ void conv_block(const ConvRows<T>& rows, const T* weights, int64_t width, const 
       multiply_all<1>(rows, w, width, part, count);
     part.y += kStep;
     if (part.bias) part.bias += kStep;
+    if (part.scale) part.scale += kStep;
     if (part.residual) part.residual += kStep;
   }
 }

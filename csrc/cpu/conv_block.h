@@ -29,7 +29,7 @@ struct ConvRows {
   int64_t run;
 };
 
-// y = act(sum + bias + residual), for the first `channels` of the block.
+// y = act(sum * scale + bias + residual), for the first `channels` of the block.
 template <class T>
 struct ConvResult {
   const float* bias;  // or null
@@ -38,6 +38,7 @@ struct ConvResult {
   int64_t stride;
   int64_t channels;
   Act act;
+  const float* scale = nullptr;  // or null
 };
 
 // y[r] for `count` rows. A row's sums are the same bits whatever its neighbours are. The tile unit takes 16
@@ -47,10 +48,11 @@ template <class T>
 void conv_block(const ConvRows<T>& rows, const T* weights, int64_t width, const ConvResult<T>& to,
                 int64_t count);
 
-// Of z, the sum of all but the bias, the residual and the activation; `channel` is its first lane's.
+// Of z, the products' sum, all but the activation; `channel` is its first lane's.
 template <class T, class Lanes>
 FUSEDRES_INLINE Vec<float> conv_epilogue(Vec<float> z, const ConvResult<T>& to, int64_t row, int64_t channel,
                                          Lanes lanes) {
+  if (to.scale) z = z * load(to.scale + channel, lanes);
   if (to.bias) z = z + load(to.bias + channel, lanes);
   if (to.residual) z = z + load(to.residual + row * to.stride + channel, lanes);
   return z;

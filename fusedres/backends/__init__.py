@@ -85,6 +85,7 @@ class Filter(NamedTuple):
 
     weight: Tensor  # (O, I / groups, H, W), or what a backend has packed it into
     bias: Tensor | None = None  # (O,)
+    scale: Tensor | None = None  # (O,) fp32, a factor of the sums, for a backend that `scales`
 
 
 class Statistics(IntEnum):
@@ -136,12 +137,14 @@ class Convolution:
             first; without it there is one way.
         prepare: (x, packed filter, residual, geometry, act, y) -> a call that computes y from what then lies in x and
             the residual, which may be y.
+        scales: whether it multiplies by the filter's scale.
     """
 
     pack: Pack
     run: Callable[[Tensor, Filter, Tensor | None, Geometry, Activation, bool], Tensor]
     forms: Callable[[Sequence[int], Geometry, Sequence[int], torch.dtype], Mapping[str, Pack]] | None = None
     prepare: Callable[[Tensor, Filter, Tensor | None, Geometry, Activation, Tensor], Callable[[], object]] | None = None
+    scales: bool = False
 
 
 @dataclass(frozen=True)

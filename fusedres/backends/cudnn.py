@@ -17,7 +17,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def run(
     x: Tensor, taps: Filter, residual: Tensor | None, geometry: Geometry, act: Activation, in_place: bool
 ) -> Tensor:
-    weight, bias = taps
+    weight, bias, _ = taps
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
     return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)

@@ -1,12 +1,12 @@
 """conv_act in the compiled CPU library: its operators' schemas and fakes, and which form of them a shape takes.
 
     conv_act_pack(weight, groups, tile) -> its bytes in the kernels' order, (outputs, inputs, rows, columns, n)
-    conv_act(x, packed, bias, residual, ...) -> y = act(conv(x, weight) + bias + residual)
-    conv_act_(x, packed, bias, residual, ...): y written over the residual
-    conv_act_out(x, packed, bias, residual, ..., y): y written into memory that is there
+    conv_act(x, packed, bias, scale, residual, ...) -> y = act(conv(x, weight) * scale + bias + residual)
+    conv_act_(x, packed, bias, scale, residual, ...): y written over the residual
+    conv_act_out(x, packed, bias, scale, residual, ..., y): y written into memory that is there
 
-float32 or bfloat16 in channels_last, the bias always in float32; sums are in float32 and rounded once. A tile of 1 is
-the direct form; of 2, 4 or 7, for 3x3 windows of stride 1, Winograd's in float32, which computes that many rows
+float32 or bfloat16 in channels_last, bias and scale always in float32; sums are in float32 and rounded once. A tile of
+1 is the direct form; of 2, 4 or 7, for 3x3 windows of stride 1, Winograd's in float32, which computes that many rows
 and columns of y at once with 2.25, 4 or 5.4 times fewer products.
 """
 
@@ -36,12 +36,13 @@ _READ = 10
 # How fast an instruction set multiplies bf16, where it does; Winograd's products are in fp32.
 _SPEEDS = {"avx512_bf16": 2, "amx": 16}
 
+_FILTERED = "Tensor x, Tensor packed, Tensor? bias, Tensor? scale"
 _WINDOWS = "int[2] stride, int[2] padding, int[2] dilation, int groups, int act"
 SCHEMAS = (
     "conv_act_pack(Tensor weight, int groups, int tile) -> Tensor",
-    f"conv_act(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, {_WINDOWS}) -> Tensor",
-    f"conv_act_(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) residual, {_WINDOWS}) -> ()",
-    f"conv_act_out(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, {_WINDOWS}, Tensor(a!) y) -> ()",
+    f"conv_act({_FILTERED}, Tensor? residual, {_WINDOWS}) -> Tensor",
+    f"conv_act_({_FILTERED}, Tensor(a!) residual, {_WINDOWS}) -> ()",
+    f"conv_act_out({_FILTERED}, Tensor? residual, {_WINDOWS}, Tensor(a!) y) -> ()",
 )
 _LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
 for _schema in SCHEMAS:
@@ -64,6 +65,7 @@ def _fake_conv_act(
     x: Tensor,
     packed: Tensor,
     bias: Tensor | None,
+    scale: Tensor | None,
     residual: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -170,24 +172,25 @@ def pack(taps: Filter, geometry: Geometry, sizes: Sequence[int], joins: bool) ->
 
 
 def _pack_for(tile: int, taps: Filter, geometry: Geometry, sizes: Sequence[int], joins: bool) -> Filter:
-    weight, bias = taps
+    weight, bias, scale = taps
     packed = torch.ops.fusedres_native.conv_act_pack(weight, geometry.groups, tile)
-    return Filter(packed, None if bias is None else bias.float().contiguous())
+    return Filter(packed, None if bias is None else bias.float().contiguous(), scale)
 
 
 def run(
     x: Tensor, taps: Filter, residual: Tensor | None, geometry: Geometry, act: Activation, in_place: bool
 ) -> Tensor:
-    packed, bias = taps if taps.weight.dim() == _PACKED_DIMS else pack(taps, geometry, x.shape, residual is not None)
-    outputs, inputs, rows, columns, _ = packed.shape
+    if taps.weight.dim() != _PACKED_DIMS:
+        taps = pack(taps, geometry, x.shape, residual is not None)
+    outputs, inputs, rows, columns, _ = taps.weight.shape
     if x.shape[1] != inputs * geometry.groups or min(geometry.output_size((rows, columns), *x.shape[2:])) < 1:
         # Nothing for the kernels: eager says what is wrong.
-        bias = None if bias is None else bias.to(x.dtype)
+        bias = None if taps.bias is None else taps.bias.to(x.dtype)
         return functional.conv2d(x, x.new_zeros(outputs, inputs, rows, columns), bias, *geometry)
     operators = torch.ops.fusedres_native
     if residual is None or not in_place:
-        return operators.conv_act(x, packed, bias, residual, *geometry, act.code)
-    operators.conv_act_(x, packed, bias, residual, *geometry, act.code)
+        return operators.conv_act(x, *taps, residual, *geometry, act.code)
+    operators.conv_act_(x, *taps, residual, *geometry, act.code)
     return residual
 
 
@@ -201,7 +204,7 @@ def prepare(
     return partial(operators.conv_act_out.default, *arguments, y)
 
 
-CONVOLUTION = Convolution(pack, run, forms, prepare)
+CONVOLUTION = Convolution(pack, run, forms, prepare, scales=True)
 
 
 def objection(request: Request) -> str | None:

@@ -29,7 +29,7 @@ _ACTIVATIONS: dict[str, tuple[str, list[float], str]] = {
 
 def pack(taps: Filter, geometry: Geometry, sizes: Sequence[int], joins: bool) -> Filter:
     """The weight in the order that oneDNN asks for. Where no residual is added, the bias may stay wider."""
-    weight, bias = taps
+    weight, bias, _ = taps
     stride, padding, dilation, groups = geometry
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(sizes))
     return Filter(packed, bias.to(weight.dtype) if joins and bias is not None else bias)
@@ -38,7 +38,7 @@ def pack(taps: Filter, geometry: Geometry, sizes: Sequence[int], joins: bool) ->
 def run(
     x: Tensor, taps: Filter, residual: Tensor | None, geometry: Geometry, act: Activation, in_place: bool
 ) -> Tensor:
-    weight, bias = taps
+    weight, bias, _ = taps
     stride, padding, dilation, groups = geometry
     operators = torch.ops.mkldnn
     convolve = operators._convolution_pointwise.default

@@ -105,13 +105,13 @@ def bn_act_pool(x: Tensor, norm: Norm, window: Window, act: Activation) -> Tenso
 def conv_act(
     x: Tensor, taps: Filter, residual: Tensor | None, geometry: Geometry, act: Activation, in_place: bool
 ) -> Tensor:
-    z = F.conv2d(x, *taps, *geometry)
+    z = F.conv2d(x, taps.weight, taps.bias, *geometry)
     return _activate(join(z, residual, None, owned=True), act, x)
 
 
 def as_it_is(taps: Filter, geometry: Geometry, sizes: Sequence[int], joins: bool) -> Filter:
     """The packing of a backend that takes a filter as it is: its bias in the weight's dtype."""
-    weight, bias = taps
+    weight, bias, _ = taps
     return Filter(weight, None if bias is None else bias.to(weight.dtype))
 
 

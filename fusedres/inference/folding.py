@@ -2,6 +2,9 @@
 
 gate * ((conv(x) + conv.bias - mean) * scale + bias)  =  conv'(x) + bias'
 weight' = weight * gate * scale,  bias' = gate * ((conv.bias - mean) * scale + bias),  scale = gamma / sqrt(var + eps)
+
+A weight that is stored in 16 bits would be rounded a second time. Where the backend can multiply the sums by them, the
+factors stay apart: conv'(x) = conv(x) * gate * scale.
 """
 
 from __future__ import annotations
@@ -71,10 +74,14 @@ def multiplies(gate: Tensor | float | None, conv: nn.Conv2d, dtype: torch.dtype)
     return gate.numel() == 1 or (shape[0] == gate.numel() == conv.out_channels)
 
 
-def fold(step: Convolve, dtype: torch.dtype) -> Filter:
-    """The weight in `dtype`; the bias in at least fp32, for the backend to round."""
+def fold(step: Convolve, dtype: torch.dtype, *, apart: bool) -> Filter:
+    """The weight in `dtype`; the bias in at least fp32, for the backend to round.
+
+    Args:
+        apart: whether factors stay apart where a product with them would be rounded to 16 bits again.
+    """
     conv = step.conv
-    weight = conv.weight.detach().double()
+    factor = torch.ones((), dtype=torch.float64, device=conv.weight.device)
     bias = None if conv.bias is None else conv.bias.detach().double()
     if step.norm is not None:
         norm = norm_of(step.norm)
@@ -83,13 +90,16 @@ def fold(step: Convolve, dtype: torch.dtype) -> Filter:
         scale = (var + norm.eps).rsqrt() * (1.0 if gamma is None else gamma)
         bias = (-mean if bias is None else bias - mean) * scale
         bias = bias if beta is None else bias + beta
-        weight = weight * scale.view(-1, 1, 1, 1)
+        factor = factor * scale
     if step.gate is not None:
         gate = step.gate.detach().double().flatten() if isinstance(step.gate, Tensor) else step.gate
-        weight = weight * (gate.view(-1, 1, 1, 1) if isinstance(gate, Tensor) else gate)
+        factor = factor * gate
         bias = None if bias is None else bias * gate
-    order = torch.channels_last
-    return Filter(
-        weight.to(dtype).contiguous(memory_format=order),
-        None if bias is None else bias.to(torch.promote_types(dtype, torch.float32)),
-    )
+    wide = torch.promote_types(dtype, torch.float32)
+    bias = None if bias is None else bias.to(wide)
+    weight, order = conv.weight.detach(), torch.channels_last
+    if apart and weight.dtype is dtype is not wide:
+        scale = factor.to(wide).expand(conv.out_channels).contiguous()
+        return Filter(weight.contiguous(memory_format=order), bias, scale)
+    weight = weight.double() * factor.view(-1, 1, 1, 1)
+    return Filter(weight.to(dtype).contiguous(memory_format=order), bias)

@@ -120,7 +120,7 @@ class Program:
     def _pack(self, step: Step, candidate: Candidate, x: Tensor) -> Filter:
         operation = step.operation
         assert isinstance(operation, Convolve)
-        taps = folding.fold(operation, self.mode.dtype)
+        taps = folding.fold(operation, self.mode.dtype, apart=candidate.convolution.scales)
         return candidate.pack(taps, operation.geometry, x.shape, operation.parts is not None)
 
 
