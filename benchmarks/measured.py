@@ -37,6 +37,7 @@ PEERS = (
     "checkpoint per block",
     "onnxruntime",
     "openvino",
+    "loop, same bytes",
 )
 TRADEOFF = "memory policies"
 CONDITIONS = ("device", "cpu", "threads", "torch", "fusedres", "commit", "malloc", "python")
@@ -65,6 +66,11 @@ class Race:
     def ratio(self, name: str) -> Ratio:
         facts = self.entries[name]["extra_info"]
         return Ratio(facts["speedup"], *facts["speedup_95"])
+
+    def of_loop(self, name: str) -> Ratio | None:
+        """How many times as fast as a plain loop over the same bytes, where one ran."""
+        facts = self.entries[name]["extra_info"]
+        return Ratio(facts["of_loop"], *facts["of_loop_95"]) if "of_loop" in facts else None
 
     def milliseconds(self, name: str) -> float:
         return self.entries[name]["stats"]["median"] * 1e3
@@ -157,12 +163,17 @@ def section(run: Run) -> Iterator[str]:
         rate for rate in RATES if any(rate[0] in _facts(race, name) for race in run.races for name in race.entries)
     ]
     heads = [*(f"{name}, ms" for name in names), *(f"eager / {name} [95 %]" for name in ours)]
+    looped = [name for name in ours if any(name in race.entries and race.of_loop(name) for race in run.races)]
+    heads += [f"loop / {name} [95 %]" for name in looped]
     heads += [f"{name}: {title}" for name in ours for _, title, _ in rates]
     yield f"| race | {' | '.join(heads)} |"
     yield "|---" * (1 + len(heads)) + "|"
     for race in run.races:
         cells = [f"{race.milliseconds(name):.3f}" if name in race.entries else "" for name in names]
         cells += [bold(race.ratio(name)) if name in race.entries else "" for name in ours]
+        for name in looped:
+            of_loop = race.of_loop(name) if name in race.entries else None
+            cells.append(bold(of_loop) if of_loop else "")
         for name in ours:
             facts = _facts(race, name)
             cells += [f"{facts[rate]:.1f} ({facts[share]:.0%})" if rate in facts else "" for rate, _, share in rates]

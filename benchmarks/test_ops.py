@@ -1,4 +1,4 @@
-"""Every op, both directions, on the shapes of ResNet-18 and -50: eager, torch.compile, each backend."""
+"""Every op, both directions, on the shapes of ResNet-18 and -50: eager, torch.compile, each backend, a plain loop."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from itertools import product
 from statistics import median
 from typing import Any
 
+import loop
 import torch
 import torch._functorch.config
-from conftest import Contestant, Race
+from conftest import LOOP, Contestant, Race
 from torch import Tensor
 
 import fusedres
@@ -26,14 +27,14 @@ BATCHES = (1, 16)
 STEM, *BLOCKS = tuning.NORMS
 QUICK_SHAPES = ((2, 64, 28, 28), (1, 512, 7, 7))
 KERNEL_BACKENDS = [backend.name for backend in dispatch.ORDER if "CPU" in backend.keys]
-# By op and residual: tensors as large as x that have to be read and written, masks left out, (forward, backward). A
-# pool of stride 2 has an output of a quarter.
+# By op and residual, forward and backward: the tensors as large as x that have to be (read, written), pass by pass,
+# masks left out. A pool of stride 2 has an output of a quarter.
 PASSES = {
-    ("bn_act", "none"): (3, 5),
-    ("bn_act", "plain"): (4, 6),
-    ("bn_act", "projection"): (5, 8),
-    ("affine_act", "plain"): (3, 3),
-    ("bn_act_pool", "none"): (2.25, 3.5),
+    ("bn_act", "none"): (((1, 0), (1, 1)), ((2, 0), (2, 1))),
+    ("bn_act", "plain"): (((1, 0), (2, 1)), ((2, 0), (2, 2))),
+    ("bn_act", "projection"): (((2, 0), (2, 1)), ((3, 0), (3, 2))),
+    ("affine_act", "plain"): (((2, 1),), ((2, 2),)),
+    ("bn_act_pool", "none"): (((1, 0), (1, 0.25)), ((1.25, 0), (1.25, 1))),
 }
 
 
@@ -61,7 +62,15 @@ def _shapes(form: tuple[str, str], quick: bool) -> Sequence[tuple[int, ...]]:
 
 
 def races(quick: bool) -> dict[str, list[str]]:
-    return {case: list(RUNS) for case in cases(quick)}
+    return {name: _names(case) for name, (case, _) in cases(quick).items()}
+
+
+def _names(case: Case) -> list[str]:
+    return [*RUNS, *([] if case.op == "bn_act_pool" else [LOOP])]  # of a pool's tensors some are smaller
+
+
+def _passes(case: Case, direction: str) -> loop.Passes:
+    return PASSES[case.op, case.residual][direction == "backward"]
 
 
 def in_place_eager(case: Case, given: Operands) -> Tensor:
@@ -83,10 +92,13 @@ def _normalise(case: Case, t: Tensor, norm: fusedres.ops.Norm) -> Tensor:
 
 
 def contestants(case: Case, direction: str) -> Mapping[str, Contestant]:
-    return {name: _contestant(name, case, direction) for name in RUNS}
+    return {name: _contestant(name, case, direction) for name in _names(case)}
 
 
 def _contestant(name: str, case: Case, direction: str) -> Contestant:
+    if name == LOOP:
+        moves = loop.loop(_passes(case, direction), torch.Size(case.shape).numel(), case.dtype)
+        return Contestant(moves, lambda: {"error y": 0.0, "peak_bytes": peak_bytes(moves, torch.device("cpu"))})
     call = _timed(RUNS[name], case, direction)
 
     def check() -> Mapping[str, object]:
@@ -159,7 +171,7 @@ def test_op(
     described, direction = cases(quick)[case]
     benchmark.group = case
     samples = race(benchmark, case, contestant, partial(contestants, described, direction))
-    passes = PASSES[described.op, described.residual][direction == "backward"]
+    passes = sum(read + written for read, written in _passes(described, direction))
     moved = passes * torch.Size(described.shape).numel() * described.dtype.itemsize
     gbps = moved / median(samples) / 1e6
     benchmark.extra_info |= {"GB/s": gbps, "share of copy bandwidth": gbps / ceiling(torch.float32).copy * 1e9}
