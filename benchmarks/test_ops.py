@@ -138,7 +138,8 @@ def _timed(run: numerics.Run, case: Case, direction: str) -> Callable[[], object
         return lambda: run(case, given)
     y = run(case, given)
     leaves = list(numerics.leaves(given).values())
-    return lambda: torch.autograd.grad(y, leaves, given.dy, retain_graph=True)
+    dy = torch.empty_like(y, requires_grad=False).copy_(given.dy)  # in y's layout, as a network's next layer gives it
+    return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
 
 @lru_cache(maxsize=2 * len(RUNS))
