@@ -115,7 +115,7 @@ def winograd_tile(
         height, width: y's.
         read: what it costs to get at a weight.
     """
-    if not _winograd_is_on():
+    if not winograd_is_on():
         return 1
     speed = 1 if dtype is torch.float32 else _SPEEDS.get(instruction_set(dtype), 1)
 
@@ -133,7 +133,7 @@ def _tiles(dtype: torch.dtype) -> tuple[int, ...]:
     return (2, 4) if dtype is torch.float32 else (2, 4, 7)
 
 
-def _winograd_is_on() -> bool:
+def winograd_is_on() -> bool:
     choice = os.environ.get("FUSEDRES_WINOGRAD") or "1"
     if choice not in ("0", "1"):
         raise ValueError(f"FUSEDRES_WINOGRAD must be 0 or 1; got {choice!r}")
@@ -154,7 +154,7 @@ def forms(weight: Sequence[int], geometry: Geometry, sizes: Sequence[int], dtype
     """The direct form, and Winograd's where there is one; first the one that winograd_tile names."""
     outputs, inputs, *kernel = weight
     tiles: Iterable[int] = (1,)
-    if geometry == Geometry(padding=geometry.padding) and kernel == [3, 3] and _winograd_is_on():
+    if geometry == Geometry(padding=geometry.padding) and kernel == [3, 3] and winograd_is_on():
         height, width = geometry.output_size((3, 3), sizes[2], sizes[3])
         rule = winograd_tile(inputs, outputs, sizes[0], height, width, dtype)
         tiles = dict.fromkeys((rule, 1, *_tiles(dtype)))

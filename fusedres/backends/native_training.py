@@ -12,13 +12,14 @@ In float32 the direct form is left to aten, which comes as close to what the mac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedres.backends import Geometry, Request, TrainingConvolution, native_convolution, reference
-from fusedres.backends.native_convolution import instruction_set, winograd_tile
+from fusedres.backends.native_convolution import instruction_set, winograd_is_on, winograd_tile
 
 _KERNEL = (3, 3)
 _LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
@@ -79,12 +80,19 @@ def tiles(
     sizes: Sequence[int], weight_sizes: Sequence[int], geometry: Geometry, dtype: torch.dtype = torch.float32
 ) -> Tiles:
     """By the work that it takes, counted."""
+    return _tiles(tuple(sizes), tuple(weight_sizes), geometry, dtype, winograd_is_on())
+
+
+@lru_cache(maxsize=4096)  # that of a step's convolutions, which are asked for twice in each
+def _tiles(
+    sizes: tuple[int, ...], weight_sizes: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, winograd: bool
+) -> Tiles:
     images, inputs, height, width = sizes
     outputs, _, *kernel = weight_sizes
     if geometry.groups > 1:
         return Tiles(0, 0, 0)
     of_y = of_dx = of_dweight = 1
-    if tuple(kernel) == _KERNEL and geometry == Geometry(padding=geometry.padding):
+    if winograd and tuple(kernel) == _KERNEL and geometry == Geometry(padding=geometry.padding):
         rows, columns = geometry.output_size(_KERNEL, height, width)
         of_y = winograd_tile(inputs, outputs, images, rows, columns, dtype, read=_FRESH_READ)
         of_dx = winograd_tile(outputs, inputs, images, height, width, dtype, read=_FRESH_READ)
