@@ -36,6 +36,8 @@ void apply_pass(const Apply& pass) {
   auto body = [=](const Place& at, auto lanes) FUSEDRES_INLINE_LAMBDA {
     auto constants = [&](const A* table)
                          FUSEDRES_INLINE_LAMBDA { return per_channel<kOrder>(table, at, lanes); };
+    prefetch_pages(x + at.element);
+    if constexpr (kResidual != Residual::kNone) prefetch_pages(r + at.element);
     Vec<A> z = affine(load(x + at.element, lanes), constants(mean), constants(scale + at.gated),
                       constants(shift + at.gated));
     if constexpr (kResidual == Residual::kPlain) z = z + load(r + at.element, lanes);

@@ -10,9 +10,11 @@ FUSEDRES_INLINE VecOf<T> operand_gradient(const OperandGradient& to, const T* op
   auto constants = [&](const void* table, int64_t offset) FUSEDRES_INLINE_LAMBDA {
     return per_channel<kOrder>(static_cast<const A*>(table) + offset, at, lanes);
   };
-  if (to.b)
+  if (to.b) {
+    prefetch_pages(operand + at.element);
     return norm_gradient(g, load(operand + at.element, lanes), constants(mean, 0), constants(to.a, gated),
                          constants(to.b, 0), constants(to.d, 0));
+  }
   return to.a ? constants(to.a, gated) * g : g;
 }
 
@@ -24,6 +26,7 @@ void gradient_pass(const GradientApply& pass) {
   const bool x_past_caches = streams<T>(pass.shape, to_x.gradient);
   const bool r_past_caches = streams<T>(pass.shape, to_r.gradient);
   auto body = [=](const Place& at, auto lanes) FUSEDRES_INLINE_LAMBDA {
+    prefetch_pages(static_cast<const T*>(slope.dy) + at.element);
     const V g = gradient_at<T, kOrder, kKind>(slope, at, lanes);
     if (to_x.gradient) {
       const T* const x = static_cast<const T*>(slope.x);

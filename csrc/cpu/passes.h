@@ -126,8 +126,10 @@ FUSEDRES_INLINE void with_order(Order order, const F& f) {
   f(OrderTag<Order::kPlanes>{});
 }
 
-// Outputs from this size on bypass the caches: whoever reads them next finds them evicted anyway.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
+// Outputs from this size on bypass the caches. Measured with 32 MiB of cache: the op alone is faster so from
+// 1 MB on, by 1.9 at 13 MB; with whoever reads the output next slower by 1.3 up to 6 MB, and faster from 13
+// MB on.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 // Whether a pass should stream its output: it is large, and every vector of every row lies on a cache line.
 template <class T>
@@ -135,6 +137,14 @@ FUSEDRES_INLINE bool streams(const Shape& shape, const void* output) {
   const int64_t row = (shape.order == Order::kPixels ? shape.channels : shape.pixels) * int64_t{sizeof(T)};
   return shape.elements() * int64_t{sizeof(T)} >= kStreamBytes && row % 64 == 0 &&
          reinterpret_cast<uintptr_t>(output) % 64 == 0;
+}
+
+// Asks for what a pass reads two pages later, into the second-level cache: at the end of a page the hardware
+// stops running ahead. Measured on tensors beyond the caches: 1.2 to 1.4 times as fast.
+constexpr uintptr_t kAheadBytes = 8192;
+
+FUSEDRES_INLINE void prefetch_pages(const void* p) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kAheadBytes), 0, 2);
 }
 
 template <class T>
