@@ -22,11 +22,11 @@ void sums_pass(const GradientSums& pass, const void* second, const void* second_
       for (int64_t c = first; c < last; ++c) totals[k][c] = 0;
     }
     auto add = [=](const Place& at, auto lanes, Vec<A>(&sum)[kSums]) FUSEDRES_INLINE_LAMBDA {
-      prefetch_next_rows<kOrder>(static_cast<const T*>(slope.dy), shape, at);
+      prefetch_ahead<kOrder>(static_cast<const T*>(slope.dy), at);
       const Vec<A> g = gradient_at<T, kOrder, kKind>(slope, at, lanes);
       sum[0] = sum[0] + g;
       for (int k = 1; k < kSums; ++k) {
-        prefetch_next_rows<kOrder>(operands[k - 1], shape, at);
+        prefetch_ahead<kOrder>(operands[k - 1], at);
         const Vec<A> mean = per_channel<kOrder>(means[k - 1], at, lanes);
         sum[k] = sum[k] + g * (load(operands[k - 1] + at.element, lanes) - mean);
       }

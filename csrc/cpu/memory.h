@@ -24,6 +24,14 @@ struct AllLanes {};
 struct FirstLanes {
   int count;
 };
+template <class A>
+FUSEDRES_INLINE int count_of(AllLanes) {
+  return Vec<A>::kLanes;
+}
+template <class A>
+FUSEDRES_INLINE int count_of(FirstLanes lanes) {
+  return lanes.count;
+}
 
 FUSEDRES_INLINE Vec<float> load(const float* p, AllLanes) {
   Vec<float> v;
@@ -60,10 +68,25 @@ FUSEDRES_INLINE Words to_words(Halves halves) { return __builtin_convertvector(h
 FUSEDRES_INLINE Halves to_halves(Words words) { return __builtin_convertvector(words, Halves); }
 #endif
 
+// A bfloat16 is the upper half of its float.
+#if defined(__AVX512F__)
+FUSEDRES_INLINE Vec<float> widen(Halves halves) {
+  constexpr __mmask32 kUpper = 0xaaaaaaaa;
+  const __m512i source = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6,
+                                          6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512i all = _mm512_castsi256_si512(bit_cast<__m256i>(halves));
+  return {bit_cast<Vec<float>::Native>(_mm512_maskz_permutexvar_epi16(kUpper, source, all))};
+}
+#else
+FUSEDRES_INLINE Vec<float> widen(Halves halves) {
+  return {bit_cast<Vec<float>::Native>(to_words(halves) << 16)};
+}
+#endif
+
 FUSEDRES_INLINE Vec<float> load(const BFloat16* p, AllLanes) {
   Halves halves;
   __builtin_memcpy(&halves, p, sizeof halves);
-  return {bit_cast<Vec<float>::Native>(to_words(halves) << 16)};
+  return widen(halves);
 }
 
 FUSEDRES_INLINE void store(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
@@ -151,9 +174,7 @@ FUSEDRES_INLINE Halves load_halves(const void* p, FirstLanes lanes) {
 FUSEDRES_INLINE void store_halves(void* p, Halves halves, FirstLanes lanes) {
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << lanes.count) - 1), bit_cast<__m256i>(halves));
 }
-FUSEDRES_INLINE Vec<float> load(const BFloat16* p, FirstLanes lanes) {
-  return {bit_cast<Vec<float>::Native>(to_words(load_halves(p, lanes)) << 16)};
-}
+FUSEDRES_INLINE Vec<float> load(const BFloat16* p, FirstLanes lanes) { return widen(load_halves(p, lanes)); }
 FUSEDRES_INLINE void store(BFloat16* p, Vec<float> v, FirstLanes lanes) {
   store_halves(p, to_bfloat16(v), lanes);
 }

@@ -8,6 +8,27 @@ namespace {
 // few. 0 where they are not finite: an infinity must reach the sums as itself.
 constexpr int64_t kPivotValues = 8;
 
+// Whether squares need no pivot to be added up in float. Of bfloat16 they have 16 bits, and 32 of them of
+// like size 21: where the sum's square would be subtracted from about itself, they are added without an
+// error. Not beyond 1e19.
+template <class T>
+constexpr bool kSquaresAddUp = false;
+template <>
+constexpr bool kSquaresAddUp<BFloat16> = true;
+
+struct Shifted {
+  static constexpr bool kShifted = true;
+};
+struct Unshifted {
+  static constexpr bool kShifted = false;
+};
+
+FUSEDRES_INLINE bool all_finite(const double* values, int64_t count) {
+  double sum = 0;  // of 0 each, or NaN
+  for (int64_t i = 0; i < count; ++i) sum += values[i] - values[i];
+  return sum == 0;
+}
+
 template <class A>
 FUSEDRES_INLINE Vec<A> finite_or_zero(Vec<A> v) {
   return select(v - v <= Vec<A>{}, v, Vec<A>{});
@@ -49,28 +70,36 @@ void statistics_pass(const PartStatistics& pass) {
     const Parts::Range range = pass.parts.range(part);
     A* const pivot = static_cast<A*>(pass.pivot) + part * shape.channels;
     double* const sums[] = {pass.mean + part * shape.channels, pass.m2 + part * shape.channels};
-    if constexpr (kOrder == Order::kPixels)
-      find_pixel_pivots(shape, x, range, first, last, pivot);
-    else
-      find_plane_pivots(shape, x, range, first, last, pivot);
-    for (double* sum : sums)
-      for (int64_t c = first; c < last; ++c) sum[c] = 0;
-
-    auto add = [=](const Place& at, auto lanes, Vec<A>(&sum)[2]) FUSEDRES_INLINE_LAMBDA {
-      prefetch_next_rows<kOrder>(x, shape, at);
-      const Vec<A> difference = load(x + at.element, lanes) - per_channel<kOrder>(pivot, at, lanes);
-      const Vec<A> d = within(difference, lanes);
-      sum[0] = sum[0] + d;
-      sum[1] = sum[1] + d * d;
+    auto sum = [&](auto shift) {
+      constexpr bool kShifted = decltype(shift)::kShifted;
+      if constexpr (!kShifted)
+        for (int64_t c = first; c < last; ++c) pivot[c] = 0;
+      else if constexpr (kOrder == Order::kPixels)
+        find_pixel_pivots(shape, x, range, first, last, pivot);
+      else
+        find_plane_pivots(shape, x, range, first, last, pivot);
+      for (double* total : sums)
+        for (int64_t c = first; c < last; ++c) total[c] = 0;
+      auto add = [=](const Place& at, auto lanes, Vec<A>(&terms)[2]) FUSEDRES_INLINE_LAMBDA {
+        prefetch_ahead<kOrder>(x, at);
+        Vec<A> d = load(x + at.element, lanes);
+        if constexpr (kShifted) d = within(d - per_channel<kOrder>(pivot, at, lanes), lanes);
+        terms[0] = terms[0] + d;
+        terms[1] = terms[1] + d * d;
+      };
+      if constexpr (kOrder == Order::kPixels)
+        reduce_pixels<A, true>(shape, range, first, last, 0, sums, add);
+      else
+        reduce_planes<A, true>(shape, range, first, last, 0, sums, add);
     };
-    int64_t values = range.end - range.begin;
-    if constexpr (kOrder == Order::kPixels) {
-      reduce_pixels<A, true>(shape, range, first, last, 0, sums, add);
+    if constexpr (kSquaresAddUp<T>) {
+      sum(Unshifted{});
+      if (!all_finite(sums[1] + first, last - first)) sum(Shifted{});
     } else {
-      reduce_planes<A, true>(shape, range, first, last, 0, sums, add);
-      values *= shape.pixels;
+      sum(Shifted{});
     }
-    const double share = 1.0 / static_cast<double>(values);
+    const int64_t pixels = kOrder == Order::kPixels ? 1 : shape.pixels;
+    const double share = 1.0 / static_cast<double>((range.end - range.begin) * pixels);
     for (int64_t c = first; c < last; ++c) {
       const double mean = sums[0][c] * share;
       sums[1][c] -= sums[0][c] * mean;

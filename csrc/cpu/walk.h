@@ -43,6 +43,7 @@ struct Place {
   int64_t mask;     // byte of its first lane in the bit mask
   int64_t channel;  // of its first lane; in planes, of all
   int64_t gated;    // where its image's rows of gated constants begin
+  int64_t ahead;    // element that a reduction of pixels asks the memory for now
 };
 
 // The constants of a place's channels.
@@ -57,7 +58,7 @@ template <class A, class Body>
 FUSEDRES_INLINE void along_channels(const Shape& shape, int64_t row, int64_t first, int64_t last,
                                     int64_t gated, const Body& body) {
   constexpr int64_t kLanes = Vec<A>::kLanes;
-  Place at{row * shape.channels + first, row * shape.mask_row_bytes() + first / 8, first, gated};
+  Place at{row * shape.channels + first, row * shape.mask_row_bytes() + first / 8, first, gated, 0};
   for (; at.channel + kLanes <= last; at.element += kLanes, at.mask += kLanes / 8, at.channel += kLanes)
     body(at, AllLanes{});
   if (at.channel < last) body(at, FirstLanes{static_cast<int>(last - at.channel)});
@@ -69,7 +70,7 @@ FUSEDRES_INLINE void along_plane(const Shape& shape, int64_t plane, int64_t begi
                                  const Body& body) {
   constexpr int64_t kLanes = Vec<A>::kLanes;
   Place at{plane * shape.pixels + begin, plane * shape.mask_row_bytes() + begin / 8, plane % shape.channels,
-           gated};
+           gated, 0};
   int64_t left = end - begin;
   for (; left >= kLanes; left -= kLanes, at.element += kLanes, at.mask += kLanes / 8) body(at, AllLanes{});
   if (left > 0) body(at, FirstLanes{static_cast<int>(left)});
@@ -78,6 +79,14 @@ FUSEDRES_INLINE void along_plane(const Shape& shape, int64_t plane, int64_t begi
 // Channels that are gone through together: their constants stay in the first-level cache.
 constexpr int64_t kChannelTile = 512;
 constexpr int64_t kRowTile = 64;
+
+// The same, called and not inlined: the loops around it would take the registers that its pointers need.
+template <class A, class Body>
+__attribute__((noinline)) void along_row(const Shape& shape, int64_t row, int64_t first, int64_t last,
+                                         int64_t gated, const Body& body) {
+  const Body local = body;
+  along_channels<A>(shape, row, first, last, gated, local);
+}
 
 // body(place, lanes) for all of x, by all threads. From the end backwards, tile by tile: a pass before this
 // one went forwards, so that the caches hold the end. `image_stride` is between two images' gated constants.
@@ -103,15 +112,14 @@ void for_each_vector(const Shape& all, int64_t image_stride, const Body& body_fo
   } else {
     parallel(all.rows(), all.channels, [&](int64_t begin, int64_t end) {
       const Shape shape = all;
-      const Body body = body_for_all;
       while (end > begin) {
         const int64_t image = (end - 1) / shape.pixels;
         const int64_t image_begin = image_stride ? image * shape.pixels : 0;
         const int64_t tile = maximum(maximum(begin, end - kRowTile), image_begin);
         for (int64_t c = 0; c < shape.channels; c += kChannelTile)
           for (int64_t row = tile; row < end; ++row)
-            along_channels<A>(shape, row, c, minimum(c + kChannelTile, shape.channels), image * image_stride,
-                              body);
+            along_row<A>(shape, row, c, minimum(c + kChannelTile, shape.channels), image * image_stride,
+                         body_for_all);
         end = tile;
       }
       end_stream();
