@@ -44,6 +44,15 @@ def test_running_statistics_move_where_autograd_can_see_it():
             assert mean._version > before[0] and var._version > before[1]
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_statistics_of_values_whose_squares_overflow_are_those_of_the_formula(layout):
+    x = (4e19 * (1 + torch.arange(720) % 5 / 128)).reshape(2, 40, 3, 3).bfloat16().contiguous(memory_format=layout)
+    with fusedres.use_backend("native"):
+        y = ops.bn_act(x, ops.Norm(None, None, torch.zeros(40), torch.ones(40), training=True))
+    exact = torch.nn.functional.batch_norm(x.double(), None, None, training=True).relu()
+    torch.testing.assert_close(y.double(), exact, rtol=0.01, atol=0.01)
+
+
 def test_nothing_is_left_to_be_refused_silently():
     x = torch.randn(2, 4, 3, 3)
     with fusedres.use_backend("native"):
