@@ -80,7 +80,7 @@ FUSEDRES_INLINE void along_plane(const Shape& shape, int64_t plane, int64_t begi
 constexpr int64_t kChannelTile = 512;
 constexpr int64_t kRowTile = 64;
 
-// The same, called and not inlined: the loops around it would take the registers that its pointers need.
+// along_channels as a call: inlined, the loops around it would take the registers that its pointers need.
 template <class A, class Body>
 __attribute__((noinline)) void along_row(const Shape& shape, int64_t row, int64_t first, int64_t last,
                                          int64_t gated, const Body& body) {
@@ -91,8 +91,8 @@ __attribute__((noinline)) void along_row(const Shape& shape, int64_t row, int64_
 // body(place, lanes) for all of x, by all threads. From the end backwards, tile by tile: a pass before this
 // one went forwards, so that the caches hold the end. `image_stride` is between two images' gated constants.
 //
-// What is captured is copied per range: the compiler keeps a local copy in registers, where through a
-// reference every store would make it load the members again.
+// What is captured is copied per row or plane range: the compiler keeps a local copy in registers, where
+// through a reference every store would make it load the members again.
 template <class A, Order kOrder, class Body>
 void for_each_vector(const Shape& all, int64_t image_stride, const Body& body_for_all) {
   if constexpr (kOrder == Order::kPlanes) {
