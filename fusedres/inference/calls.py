@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fusedres import executor
-from fusedres.backends import Convolution, Filter
+from fusedres.backends import Convolution, Filter, Geometry
 from fusedres.epilogue import IDENTITY
 from fusedres.inference.arena import Likeness
 from fusedres.inference.steps import Convolve, Join, Normalise, Operation, is_fresh
@@ -70,10 +71,19 @@ def of_other(operation: Operation, x: Tensor) -> Calls:
         return Calls(partial(_join, operation))
     assert not isinstance(operation, Convolve)  # `of_convolution`
     target = operation.target
-    if isinstance(target, nn.MaxPool2d) and is_fresh(operation) and x.dim() == 4 and x.device.type == "cpu":
+    if not is_fresh(operation) or x.dim() != 4 or x.device.type != "cpu":
+        return Calls(target)
+    if isinstance(target, nn.MaxPool2d):
         positions = Likeness(target(x.to("meta")).shape, torch.int64)
         return Calls(target, partial(_pool, target), scratch=positions)
+    if isinstance(target, nn.AdaptiveAvgPool2d) and target.output_size in (1, (1, 1)) and x.numel():
+        return Calls(_average, _average_into)
     return Calls(target)
+
+
+def of_linear(convolution: Convolution, taps: Filter, linear: nn.Linear, dtype: torch.dtype | None) -> Calls:
+    """A fully connected layer as a convolution of one pixel."""
+    return Calls(partial(_connect, convolution, taps, linear, dtype))
 
 
 def _alone(convolution: Convolution, taps: Filter, operation: Convolve, dtype: torch.dtype | None, x: Tensor) -> Tensor:
@@ -122,6 +132,23 @@ def _pool(
     operator = torch.ops.aten.max_pool2d_with_indices.out
     settings = (_pair(pool.kernel_size), _pair(stride), _pair(pool.padding), _pair(pool.dilation), pool.ceil_mode)
     return partial(operator, x, *settings, out=y, indices=scratch)
+
+
+def _average(x: Tensor) -> Tensor:
+    """What nn.AdaptiveAvgPool2d(1) gives: as one window it takes a quarter of the time."""
+    return functional.avg_pool2d(x, x.shape[2:])
+
+
+def _average_into(x: Tensor, residual: Tensor | None, y: Tensor, scratch: Tensor | None) -> Callable[[], object]:
+    return partial(torch.ops.aten.avg_pool2d.out, x, x.shape[2:], out=y)
+
+
+def _connect(convolution: Convolution, taps: Filter, linear: nn.Linear, dtype: torch.dtype | None, x: Tensor) -> Tensor:
+    if x.dim() != 2 or x.shape[1] != linear.in_features or (dtype is None and x.dtype is not linear.weight.dtype):
+        return linear(x)
+    pixels = x.to(dtype or x.dtype).contiguous().view(-1, 1, 1, linear.in_features).permute(0, 3, 1, 2)
+    y = convolution.run(pixels, taps, None, Geometry(), IDENTITY, False)
+    return y.view(-1, linear.out_features)
 
 
 def _pair(value: int | tuple[int, ...]) -> list[int]:

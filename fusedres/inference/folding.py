@@ -74,6 +74,22 @@ def multiplies(gate: Tensor | float | None, conv: nn.Conv2d, dtype: torch.dtype)
     return gate.numel() == 1 or (shape[0] == gate.numel() == conv.out_channels)
 
 
+def is_connecting(module: object, mode: Mode) -> bool:
+    """Whether it is a fully connected layer that is worth packing: in bf16 aten's takes twice as long, and under
+    autocast casts its weight in every call."""
+    if type(module) is not nn.Linear or is_hooked(module) or mode.dtype is not torch.bfloat16:
+        return False
+    parameters = [t for t in (module.weight, module.bias) if t is not None]
+    dtypes = CASTS if mode.autocast else (mode.dtype,)
+    return mode.device.type == "cpu" and all(type(t) is nn.Parameter and t.dtype in dtypes for t in parameters)
+
+
+def filter_of(linear: nn.Linear, dtype: torch.dtype) -> Filter:
+    """Of the convolution of one pixel that it is."""
+    weight, bias = linear.weight.detach().to(dtype), None if linear.bias is None else linear.bias.detach()
+    return Filter(weight.view(*weight.shape, 1, 1), None if bias is None else bias.to(dtype).float())
+
+
 def fold(step: Convolve, dtype: torch.dtype, *, apart: bool) -> Filter:
     """The weight in `dtype`; the bias in at least fp32, for the backend to round.
 

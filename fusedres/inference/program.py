@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import dispatch
-from fusedres.backends import Backend, Filter, Request
+from fusedres.backends import Backend, Filter, Geometry, Request
 from fusedres.inference import arena, calls, choice, folding
 from fusedres.inference.arena import Likeness
 from fusedres.inference.calls import NHWC, Calls, in_channels_last
@@ -17,7 +17,7 @@ from fusedres.inference.choice import Candidate, Choice, Problem
 from fusedres.inference.flatten import Flat, flatten
 from fusedres.inference.graphs import Graphs, is_by_image
 from fusedres.inference.plan import Bound, Changed, Plan, Tape, advance
-from fusedres.inference.steps import Convolve, Mode, Operation, Step
+from fusedres.inference.steps import Convolve, Mode, Operation, Plain, Step
 from fusedres.inference.watch import Watch
 
 _MOST_PLANS = 32  # of sizes; the one that was made first goes
@@ -93,12 +93,13 @@ class Program:
 
     def _ready(self, step: Step, x: Tensor, residual: Tensor | None) -> tuple[Calls, Choice | None]:
         operation = step.operation
+        if isinstance(operation, Plain) and folding.is_connecting(operation.target, self.mode):
+            return self._connect(step, operation.target), None  # pyright: ignore[reportArgumentType]
         if not isinstance(operation, Convolve):
             return calls.of_other(operation, x), None
 
         def ready(candidate: Candidate, taps: Filter, in_place: bool) -> Calls:
-            dtype = self.mode.dtype if self.mode.autocast else None
-            return calls.of_convolution(candidate.convolution, taps, operation, dtype, in_place, x, residual)
+            return calls.of_convolution(candidate.convolution, taps, operation, self._cast, in_place, x, residual)
 
         def timed(candidate: Candidate) -> Any:
             made = ready(candidate, self._pack(step, candidate, x), False)
@@ -116,6 +117,23 @@ class Program:
             refuse_capture()
             self._packed[key] = self._pack(step, chosen.candidate, x)
         return ready(chosen.candidate, self._packed[key], step.in_place), chosen
+
+    @property
+    def _cast(self) -> torch.dtype | None:
+        """What operands are cast to."""
+        return self.mode.dtype if self.mode.autocast else None
+
+    def _connect(self, step: Step, linear: nn.Linear) -> Calls:
+        backend = dispatch.serving(_request_for(self.mode))
+        convolution = backend.convolution
+        if convolution is None or backend.plain:
+            return Calls(linear)
+        key = step.target, backend.name
+        if key not in self._packed:
+            refuse_capture()
+            taps = folding.filter_of(linear, self.mode.dtype)
+            self._packed[key] = convolution.pack(taps, Geometry(), (1, linear.in_features, 1, 1), False)
+        return calls.of_linear(convolution, self._packed[key], linear, self._cast)
 
     def _pack(self, step: Step, candidate: Candidate, x: Tensor) -> Filter:
         operation = step.operation
@@ -159,17 +177,17 @@ def backend_of(operation: Operation, mode: Mode) -> Backend | None:
 
 def _request(operation: Convolve, mode: Mode) -> Request:
     residual = (mode.dtype, "channels_last") if operation.parts is not None else (None, None)
-    return Request(
-        "conv_act",
-        mode.device.type,
-        mode.dtype,
-        "channels_last",
-        operation.act.name,
-        parameter_dtype=mode.dtype,
+    return _request_for(mode)._replace(
+        act=operation.act.name,
         residual_dtype=residual[0],
         residual_layout=residual[1],
         group_outputs=operation.geometry.group_outputs(operation.conv.out_channels),
     )
+
+
+def _request_for(mode: Mode) -> Request:
+    """For a bare convolution."""
+    return Request("conv_act", mode.device.type, mode.dtype, "channels_last", "identity", parameter_dtype=mode.dtype)
 
 
 def _likeness(t: object) -> Likeness | None:
