@@ -9,6 +9,8 @@ factors stay apart: conv'(x) = conv(x) * gate * scale.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -74,7 +76,7 @@ def multiplies(gate: Tensor | float | None, conv: nn.Conv2d, dtype: torch.dtype)
     return gate.numel() == 1 or (shape[0] == gate.numel() == conv.out_channels)
 
 
-def is_connecting(module: object, mode: Mode) -> bool:
+def is_connecting(module: object, mode: Mode) -> TypeGuard[nn.Linear]:
     """Whether it is a fully connected layer that is worth packing: in bf16 aten's takes twice as long, and under
     autocast casts its weight in every call."""
     if type(module) is not nn.Linear or is_hooked(module) or mode.dtype is not torch.bfloat16:

@@ -94,7 +94,7 @@ class Program:
     def _ready(self, step: Step, x: Tensor, residual: Tensor | None) -> tuple[Calls, Choice | None]:
         operation = step.operation
         if isinstance(operation, Plain) and folding.is_connecting(operation.target, self.mode):
-            return self._connect(step, operation.target), None  # pyright: ignore[reportArgumentType]
+            return self._connect(step, operation.target), None
         if not isinstance(operation, Convolve):
             return calls.of_other(operation, x), None
 
