@@ -26,8 +26,9 @@ bool reads_copied(const ConvAct& op) {
   return op.groups == 1 && op.rows.kernel * op.columns.kernel <= 9 && pixel_bytes % kPageBytes == 0;
 }
 
-constexpr int64_t kTileBytes = int64_t{256} << 10;  // of x under a tile
+constexpr int64_t kTileBytes = int64_t{512} << 10;  // of x under a tile
 constexpr int64_t kFewestPixels = 96, kMostPixels = 480;
+constexpr int64_t kKeptBytes = int64_t{8} << 10;  // of a block's weights, which the first-level cache keeps
 
 // Large enough that weights are read seldom, small enough that x stays in the second-level cache.
 int64_t tile_pixels(const ConvAct& op, int64_t pixels) {
@@ -63,17 +64,13 @@ void ConvTile<T>::place(int64_t pixel, int64_t count) {
   pixel_ = pixel;
   count_ = count;
   const ConvAxis &rows = op_.rows, &columns = op_.columns;
+  const int64_t image_size = rows.size * columns.size * op_.inputs;
   int64_t column = pixel % columns.outputs, row = pixel / columns.outputs;
-  int64_t image = row / rows.outputs;
-  row %= rows.outputs;
-  for (int64_t i = 0; i < count; ++i) {
-    place_window(static_cast<const T*>(op_.x) + image * rows.size * columns.size * op_.inputs,
-                 rows.place(row, 0), columns.place(column, 0), begin_ + i);
-    if (++column < columns.outputs) continue;
-    column = 0;
-    if (++row < rows.outputs) continue;
-    row = 0;
-    ++image;
+  for (int64_t i = 0; i < count; ++row, column = 0) {
+    const int64_t end = minimum(columns.outputs, column + count - i);
+    place_row(static_cast<const T*>(op_.x) + row / rows.outputs * image_size, row % rows.outputs, column, end,
+              begin_ + i);
+    i += end - column;
   }
   for (int64_t tap = 0; tap < taps_; ++tap)
     for (int64_t i = count; i < ceil_div(count, kRows) * kRows; ++i) begin_[tap * pitch_ + i] = zeros_;
@@ -111,18 +108,37 @@ const T* ConvTile<T>::weights(int64_t group, int64_t block) const {
   return widened_;
 }
 
+// The windows of columns [begin, end) in a row of y: those inside an image's row lie at equal distances.
+template <class T>
+void ConvTile<T>::place_row(const T* image, int64_t row, int64_t begin, int64_t end, const T** to) {
+  const ConvAxis &rows = op_.rows, &columns = op_.columns;
+  const int64_t last = columns.kernel - 1;
+  int64_t first_inside = begin, end_inside = end;
+  while (first_inside < end && columns.place(first_inside, 0) < 0) ++first_inside;
+  while (end_inside > first_inside && !columns.inside(columns.place(end_inside - 1, last))) --end_inside;
+  if (copied_ || !rows.inside(rows.place(row, 0)) || !rows.inside(rows.place(row, rows.kernel - 1)))
+    end_inside = first_inside;
+  auto place_each = [&](int64_t column, int64_t last_column) {
+    for (; column < last_column; ++column)
+      place_window(image, rows.place(row, 0), columns.place(column, 0), to + (column - begin));
+  };
+  place_each(begin, first_inside);
+  place_each(end_inside, end);
+  if (first_inside == end_inside) return;
+  const int64_t across = flat_ ? 1 : columns.kernel, distance = columns.stride * op_.inputs;
+  const T** place = to + (first_inside - begin);
+  for (int64_t i = 0; i < rows.kernel; ++i)
+    for (int64_t j = 0; j < across; ++j, place += pitch_) {
+      const T* x = image + (rows.place(row, i) * columns.size + columns.place(first_inside, j)) * op_.inputs;
+      for (int64_t k = 0; k < end_inside - first_inside; ++k) place[k] = x + k * distance;
+    }
+}
+
 // The taps of the window that begins in this row and column of an image.
 template <class T>
 void ConvTile<T>::place_window(const T* image, int64_t row, int64_t column, const T** to) {
   const ConvAxis &rows = op_.rows, &columns = op_.columns;
   const int64_t row_length = columns.size * op_.inputs, across = flat_ ? 1 : columns.kernel;
-  if (!copied_ && rows.inside(row) && rows.inside(row + (rows.kernel - 1) * rows.dilation) &&
-      columns.inside(column) && columns.inside(column + (columns.kernel - 1) * columns.dilation)) {
-    const T* x = image + row * row_length + column * op_.inputs;
-    for (int64_t i = 0; i < rows.kernel; ++i, x += rows.dilation * row_length)
-      for (int64_t j = 0; j < across; ++j, to += pitch_) *to = x + j * columns.dilation * op_.inputs;
-    return;
-  }
   for (int64_t i = 0; i < rows.kernel; ++i, row += rows.dilation)
     for (int64_t j = 0; j < across; ++j, to += pitch_)
       *to = rows.inside(row) ? tap(image + row * row_length, column + j * columns.dilation, to - begin_)
@@ -148,8 +164,8 @@ const T* ConvTile<T>::tap(const T* x_row, int64_t column, int64_t slot) const {
 }
 
 template <class T>
-void ConvTile<T>::compute(int64_t group, int64_t block) const {
-  const ConvRows<T> rows{begin_, pitch_, group * (op_.inputs / op_.groups), taps_, aligned_};
+void ConvTile<T>::compute(int64_t group, int64_t block, const T* next_weights) const {
+  const ConvRows<T> rows{begin_, pitch_, group * (op_.inputs / op_.groups), taps_, aligned_, next_weights};
   conv_block<T>(rows, weights(group, block), weights_.width(block), result_of<T>(op_, pixel_, group, block),
                 count_);
 }
@@ -161,13 +177,19 @@ void conv_direct(const ConvAct& op) {
   const ConvWeights weights = weights_of(op);
   const int64_t pixels = op.images * op.rows.outputs * op.columns.outputs;
   const int64_t tile = tile_pixels(op, pixels), blocks = op.groups * weights.blocks();
+  const bool fetches = weights.direct(0, 1) * size_of(op.dtype) > kKeptBytes;
+  auto weights_at = [&](int64_t block) {
+    return static_cast<const T*>(op.weights) +
+           weights.direct(block / weights.blocks(), block % weights.blocks());
+  };
   parallel(ceil_div(pixels, tile) * blocks, tile * weights.depth(), [&](int64_t begin, int64_t end) {
     Arena arena;
     ConvTile<T> at(op, tile, arena);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / blocks * tile, block = i % blocks;
       if (i == begin || block == 0) at.place(first, minimum(tile, pixels - first));
-      at.compute(block / weights.blocks(), block % weights.blocks());
+      const T* const next = fetches && i + 1 < end ? weights_at((i + 1) % blocks) : nullptr;
+      at.compute(block / weights.blocks(), block % weights.blocks(), next);
     }
   });
 }

@@ -1,5 +1,7 @@
 #include "conv_block.h"
 
+#include <type_traits>
+
 #include "activation.h"
 #include "conv_product.h"
 
@@ -47,6 +49,21 @@ FUSEDRES_INLINE void store_pair(T* y, Vec<float> first, Vec<float> second) {
   store(y + kLanes, second);
 }
 
+// y of the first rows; `value(row, v)` gives its vectors.
+template <int kCount, int kVectors, class T, class Value>
+FUSEDRES_INLINE void store_rows(const ConvResult<T>& to, int64_t rows, const Value& value) {
+  const int64_t stride = to.stride;
+  T* y = to.y;
+#pragma GCC unroll 16
+  for (int row = 0; row < kCount; ++row, y += stride) {
+    if (row == rows) return;
+    if constexpr (kVectors == 2)
+      store_pair(y, value(row, 0), value(row, 1));
+    else
+      store(y, value(row, 0));
+  }
+}
+
 template <class T, int kCount, int kVectors>
 FUSEDRES_INLINE void finish(const Vec<float> (&sums)[kCount][kVectors], const ConvResult<T>& to,
                             int64_t rows) {
@@ -58,19 +75,27 @@ FUSEDRES_INLINE void finish(const Vec<float> (&sums)[kCount][kVectors], const Co
       for (int v = 0; v < kVectors; ++v) kept[row][v] = sums[row][v];
     return finish_from_memory(&kept[0][0], kVectors, to, rows);
   }
-#pragma GCC unroll 16
-  for (int row = 0; row < kCount; ++row) {
-    if (row == rows) return;
-    T* const y = to.y + row * to.stride;
-    auto z = [&](int v) FUSEDRES_INLINE_LAMBDA {
-      const Vec<float> z = conv_epilogue(sums[row][v], to, row, v * kLanes, AllLanes{});
-      return to.act == Act::kRelu ? Relu::value(z) : z;
-    };
-    if constexpr (kVectors == 2)
-      store_pair(y, z(0), z(1));
-    else
-      store(y, z(0));
+  if (!to.scale && !to.bias && !to.residual && to.act == Act::kIdentity)
+    return store_rows<kCount, kVectors>(to, rows,
+                                        [&](int row, int v) FUSEDRES_INLINE_LAMBDA { return sums[row][v]; });
+  // conv_epilogue without a question for each vector: sum * 1 + -0 is the sum, and nothing is below
+  // -infinity.
+  Vec<float> scale[kVectors], bias[kVectors];
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    scale[v] = to.scale ? load(to.scale + v * kLanes, AllLanes{}) : broadcast(1.0f);
+    bias[v] = to.bias ? load(to.bias + v * kLanes, AllLanes{}) : broadcast(-0.0f);
   }
+  const Vec<float> floor = broadcast(to.act == Act::kRelu ? 0.0f : -__builtin_inff());
+  auto activated = [&](Vec<float> z) FUSEDRES_INLINE_LAMBDA { return select(z <= floor, floor, z); };
+  auto sum = [&](int row, int v)
+                 FUSEDRES_INLINE_LAMBDA { return multiply_add(sums[row][v], scale[v], bias[v]); };
+  if (!to.residual)
+    return store_rows<kCount, kVectors>(
+        to, rows, [&](int row, int v) FUSEDRES_INLINE_LAMBDA { return activated(sum(row, v)); });
+  store_rows<kCount, kVectors>(to, rows, [&](int row, int v) FUSEDRES_INLINE_LAMBDA {
+    return activated(sum(row, v) + load(to.residual + row * to.stride + v * kLanes, AllLanes{}));
+  });
 }
 
 template <class T>
@@ -97,11 +122,19 @@ FUSEDRES_INLINE void step(Vec<float> (&sums)[kCount][kVectors], const T* weights
   }
 }
 
-// y of the `rows` first of kCount rows; meanwhile what the result and the next rows need comes into the
-// cache. A step of k loads kVectors vectors and kCount values for kCount * kVectors multiply-adds.
+// What of the next weights a group of rows fetches: some lines of as many as it reads itself.
+template <class T>
+struct Ahead {
+  const T* weights;  // or null
+  int64_t lines;
+};
+
+// y of the `rows` first of kCount rows; meanwhile what the result, the next rows and the next block need
+// comes into the cache. A step of k loads kVectors vectors and kCount values for kCount * kVectors
+// multiply-adds.
 template <int kCount, int kVectors, class T>
-void multiply(const ConvRows<T>& from, const T* weights, int64_t width, const ConvResult<T>& to,
-              int64_t rows) {
+void multiply(const ConvRows<T>& from, const T* weights, int64_t width, const ConvResult<T>& to, int64_t rows,
+              Ahead<T> ahead) {
   using P = Product<T>;
   constexpr int64_t kLine = kLineBytes / int64_t{sizeof(T)};
   for (int64_t row = 0; row < rows; ++row)
@@ -117,6 +150,10 @@ void multiply(const ConvRows<T>& from, const T* weights, int64_t width, const Co
     for (int64_t k = 0; k < whole;) {
 #pragma GCC unroll 16
       for (int row = 0; row < kCount; ++row) __builtin_prefetch(next[row] + from.offset + k);
+      if (ahead.weights) {
+        for (int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(ahead.weights + i * kLine);
+        ahead.weights += width * kLine;
+      }
       for (const int64_t end = minimum(k + kLine, whole); k < end;
            k += P::kInputs, weights += width * P::kInputs)
         step<T>(sums, weights,
@@ -132,21 +169,31 @@ void multiply(const ConvRows<T>& from, const T* weights, int64_t width, const Co
   finish(sums, to, rows);
 }
 
-// Rows at a time, where fewer are left.
-constexpr int kFewRows = kRows == 12 ? 4 : 2;
-
 template <int kVectors, class T>
 void multiply_all(ConvRows<T> from, const T* weights, int64_t width, ConvResult<T> to, int64_t count) {
+  constexpr int kMany = kRows * 5 / 6, kSome = kRows * 2 / 3, kFew = (kRows + 2) / 3;
+  // Groups of about one size: 49 rows are 5 of 10.
+  const int64_t groups = ceil_div(count, kRows), most = ceil_div(count, groups);
+  Ahead<T> ahead{from.next_weights, ceil_div(width, groups)};
+  auto multiply_group = [&](auto size) FUSEDRES_INLINE_LAMBDA {
+    constexpr int kCount = decltype(size)::value;
+    multiply<kCount, kVectors>(from, weights, width, to, minimum<int64_t>(kCount, count), ahead);
+    from.begin += kCount;
+    to.y += kCount * to.stride;
+    if (to.residual) to.residual += kCount * to.stride;
+    if (ahead.weights) ahead.weights += ahead.lines * (kLineBytes / int64_t{sizeof(T)});
+    count -= kCount;
+  };
   while (count > 0) {
-    const int64_t rows = count > kRows - kFewRows ? kRows : kFewRows;
-    if (rows == kRows)
-      multiply<kRows, kVectors>(from, weights, width, to, minimum(rows, count));
+    const int64_t rows = minimum(most, count);
+    if (rows > kMany)
+      multiply_group(std::integral_constant<int, kRows>{});
+    else if (rows > kSome)
+      multiply_group(std::integral_constant<int, kMany>{});
+    else if (rows > kFew)
+      multiply_group(std::integral_constant<int, kSome>{});
     else
-      multiply<kFewRows, kVectors>(from, weights, width, to, minimum(rows, count));
-    from.begin += rows;
-    to.y += rows * to.stride;
-    if (to.residual) to.residual += rows * to.stride;
-    count -= rows;
+      multiply_group(std::integral_constant<int, kFew>{});
   }
 }
 
@@ -157,14 +204,16 @@ void conv_block(const ConvRows<T>& rows, const T* weights, int64_t width, const 
                 int64_t count) {
   constexpr int64_t kStep = 2 * kLanes;
   static_assert(kStep <= ConvWeights::kWidth);
+  ConvRows<T> from = rows;
   ConvResult<T> part = to;
   for (int64_t channel = 0; channel < minimum(width, to.channels); channel += kStep) {
     part.channels = minimum(kStep, to.channels - channel);
     const T* const w = weights + channel * Product<T>::kInputs;
     if (width - channel >= kStep)
-      multiply_all<2>(rows, w, width, part, count);
+      multiply_all<2>(from, w, width, part, count);
     else
-      multiply_all<1>(rows, w, width, part, count);
+      multiply_all<1>(from, w, width, part, count);
+    from.next_weights = nullptr;
     part.y += kStep;
     if (part.bias) part.bias += kStep;
     if (part.scale) part.scale += kStep;

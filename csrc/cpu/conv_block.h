@@ -27,6 +27,7 @@ struct ConvRows {
   int64_t offset;
   int64_t taps;
   int64_t run;
+  const T* next_weights = nullptr;  // as many again, which come into the cache meanwhile; or null
 };
 
 // y = act(sum * scale + bias + residual), for the first `channels` of the block.

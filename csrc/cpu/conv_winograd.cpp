@@ -38,8 +38,11 @@ constexpr int64_t kFewestTiles = 24, kMostTiles = 96;
 // Weights of a block that are more than this come from memory again and again: for more tiles, then.
 constexpr int64_t kWeightBytes = int64_t{2} << 20;
 constexpr int64_t kFewestTilesOfThem = 72;
-// Fewer are cut to one size, so that threads get equal shares; of more the registers are better filled.
+// Fewer are an even number of one size, so that threads get equal shares; of more the registers are better
+// filled.
 constexpr int64_t kFewPatches = 8;
+// Of a point, that the first patch fetches ahead: they fill half of the first-level cache.
+constexpr int64_t kFetchedWeights = int64_t{4} << 10;
 // Between the points' arrays: they shall not fall on each other in the cache.
 constexpr int64_t kGap = 16;
 
@@ -48,7 +51,9 @@ int64_t tiles_at_once(const Tiles& tiles, int64_t points, int64_t inputs) {
   const bool large = points * inputs * kWidth * int64_t{sizeof(float)} > kWeightBytes;
   const int64_t fewest = large ? kFewestTilesOfThem : kFewestTiles;
   const int64_t most = maximum(fewest, minimum(kMostTiles, kScratchBytes / bytes));
-  const int64_t patches = ceil_div(tiles.count, most), multiple = patches < kFewPatches ? 4 : kRows;
+  int64_t patches = ceil_div(tiles.count, most);
+  if (patches > 1 && patches < kFewPatches) patches += patches % 2;
+  const int64_t multiple = patches < kFewPatches ? 4 : kRows;
   return ceil_div(ceil_div(tiles.count, patches), multiple) * multiple;
 }
 
@@ -90,10 +95,12 @@ class Patch {
   }
 
   // y's block of channels.
-  void compute(int64_t block) {
+  void compute(int64_t block, bool is_first) {
     const int64_t width = weights_.width(block);
     for (int64_t point = 0; point < kSide * kSide; ++point) {
-      const ConvRows<float> rows{begin_, 0, point * point_, 1, op_.inputs};
+      const bool fetches = is_first && point + 1 < kSide * kSide && op_.inputs * width <= kFetchedWeights;
+      const float* const next = fetches ? points_ + weights_.winograd(point + 1, block) : nullptr;
+      const ConvRows<float> rows{begin_, 0, point * point_, 1, op_.inputs, next};
       const ConvResult<float> to{nullptr, nullptr, products_ + point * product_,
                                  kWidth,  width,   Act::kIdentity};
       conv_block(rows, points_ + weights_.winograd(point, block), width, to, count_);
@@ -228,7 +235,7 @@ void winograd(const ConvAct& op) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / blocks * most, block = i % blocks;
       if (i == begin || block == 0) patch.place(first, minimum(most, tiles.count - first));
-      patch.compute(block);
+      patch.compute(block, i - begin < blocks);
     }
   });
 }
