@@ -133,9 +133,11 @@ struct Ahead {
 // comes into the cache. A step of k loads kVectors vectors and kCount values for kCount * kVectors
 // multiply-adds.
 template <int kCount, int kVectors, class T>
-void multiply(const ConvRows<T>& from, const T* weights, int64_t width, const ConvResult<T>& to, int64_t rows,
-              Ahead<T> ahead) {
+void multiply(const ConvRows<T>& from, const T* weights, int64_t block_width, const ConvResult<T>& to,
+              int64_t rows, Ahead<T> ahead) {
   using P = Product<T>;
+  // Known where a block is as wide as the vectors: a register more for the rows.
+  const int64_t width = 2 * kLanes == ConvWeights::kWidth ? kVectors * kLanes : block_width;
   constexpr int64_t kLine = kLineBytes / int64_t{sizeof(T)};
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t channel = 0; channel < kVectors * kLanes; channel += kLine)
