@@ -64,7 +64,8 @@ class Backward:
             gradient = self._convolution(index, step, d_output, entering, self._wants_before(index))
             if gradient is None:
                 break
-            activated = entering
+            activated, self.links[index] = entering, self.links[index].without_values()
+            del d_output, entering
         return self.found
 
     def _wants(self, index: int) -> Sequence[bool]:
@@ -79,10 +80,12 @@ class Backward:
         weight, bias, *_ = self._wants(index)
         return weight or bias or self._wants_before(index)
 
-    def _store(self, index: int, first: int, *gradients: Tensor | None) -> None:
-        for at, gradient in enumerate(gradients, FIRST + ARGUMENTS * index + first):
-            if self.needs[at]:
-                self.found[at] = gradient
+    def _store(self, index: int, first: int, *found: Tensor | None) -> None:
+        """In the arguments' dtypes at once: those of a block in two dtypes would be more than eager ever holds."""
+        for offset, gradient in enumerate(found, first):
+            at, argument = FIRST + ARGUMENTS * index + offset, self.links[index][offset]
+            if self.needs[at] and gradient is not None and argument is not None:
+                self.found[at] = gradients.cast(gradient, argument.dtype)
 
     def _entering(self, index: int) -> Tensor:
         """What the step convolved; an activation that was not kept is computed again, to the same bits."""
@@ -131,6 +134,7 @@ class Backward:
                 self._store(index + 1, 2, dweight_r, dbias_r)
                 if wanted[3]:
                     dr = self._convolution(index + 1, projection, found, self.source, self.wants_source)
+                self.links[index + 1] = self.links[index + 1].without_values()
         self.into_source = dr if self.wants_source else None
         if not self.shared:
             self.found[1] = self.into_source

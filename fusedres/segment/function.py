@@ -63,18 +63,18 @@ class SegmentFunction(torch.autograd.Function):
         x, shortcut, cast, source, y, mask, *kept = ctx.saved_tensors
         x, cast = (cast, cast) if x is None else (x, x if cast is None else cast)
         links = [Kept(*kept[at : at + len(Kept._fields)]) for at in range(0, len(kept), len(Kept._fields))]
-        arguments = [x, shortcut]
-        for link in links:
-            arguments += link[:ARGUMENTS]
         if torch.is_grad_enabled():
+            arguments = [x, shortcut, *(t for link in links for t in link[:ARGUMENTS])]
             return None, *backward_again(plan, links, arguments, needs, dy)
+        ctx.maybe_clear_saved_tensors()  # unless the graph is retained: the walk frees what it is done with
+        del kept
         if source is None:
             source = cast if shortcut is None else shortcut
-        found = Backward(plan, cast, source, shortcut is None, y, mask, links, needs).run(dy)
-        return None, *[
-            None if g is None or t is None else gradients.cast(g, t.dtype)
-            for g, t in zip(found, arguments, strict=True)
-        ]
+        dx, d_shortcut, *found = Backward(plan, cast, source, shortcut is None, y, mask, links, needs).run(dy)
+        dx = dx if dx is None else gradients.cast(dx, x.dtype)
+        if d_shortcut is not None and shortcut is not None:
+            d_shortcut = gradients.cast(d_shortcut, shortcut.dtype)
+        return None, dx, d_shortcut, *found
 
 
 class SyncSegmentFunction(SegmentFunction):

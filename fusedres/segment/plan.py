@@ -65,6 +65,10 @@ class Kept(NamedTuple):
     def computed_weight(self) -> Tensor:
         return self.weight if self.cast_weight is None else self.cast_weight
 
+    def without_values(self) -> Kept:
+        """Nothing of what came up in the forward, which may then be freed."""
+        return self._replace(cast_weight=None, entering=None, output=None)
+
 
 FIRST, ARGUMENTS = 2, 4  # where the steps' arguments begin after x and the shortcut; how many are a step's
 
