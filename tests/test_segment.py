@@ -354,3 +354,16 @@ def test_a_backward_frees_what_it_is_done_with(native):
         step()
         peaks.append(max(held_bytes(step)))
     assert peaks[0] <= 1.02 * peaks[1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_retained_graph_is_walked_again_and_another_is_not(policy, native):
+    fused, _ = BUILDS["bottleneck, projection"](dtype=torch.float32)
+    x = input_of(fused, torch.float32).requires_grad_()
+    with fusedres.set_memory(policy):
+        y = fused(x)
+    assert is_segment(y)
+    first, again = (torch.autograd.grad(y.sum(), x, retain_graph=retains)[0] for retains in (True, False))
+    assert torch.equal(again, first)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.sum().backward()
