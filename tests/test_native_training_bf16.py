@@ -97,7 +97,7 @@ class Case:
 def test_y_is_inferences(shape):
     case, inference = Case(shape), operators()
     packed = inference.conv_act_pack(case.weight, 1, shape.tile)
-    expected = inference.conv_act(case.x, packed, case.bias, None, *case.windows, 1, 0)
+    expected = inference.conv_act(case.x, packed, case.bias, None, None, *case.windows, 1, 0)
     for weight in case.layouts():
         y = operators().conv(case.x, weight, case.bias, None, *case.windows, shape.tile, False)
         assert y.is_contiguous(memory_format=torch.channels_last)
