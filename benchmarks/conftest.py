@@ -63,6 +63,12 @@ class Budget:
     seconds: float
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Times that an older library took are taken again: no reason not to measure.
+    stale = "ignore:the times of convolutions in .* are ignored, because its:UserWarning"
+    config.addinivalue_line("filterwarnings", stale)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="small shapes and few rounds, for a smoke test")
 
