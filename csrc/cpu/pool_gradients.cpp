@@ -125,7 +125,7 @@ FUSEDRES_INLINE void along_segment(const Shape& shape, const Slope& slope, int64
   gather<T>(slope, plane, row, begin, end, g);
   const int64_t first_element = plane * shape.pixels + row * slope.pool.columns.size;
   along_row<A>(begin, end, [&](int64_t column, auto lanes) FUSEDRES_INLINE_LAMBDA {
-    const Place at{first_element + column, 0, plane % shape.channels, 0};
+    const Place at{first_element + column, 0, plane % shape.channels, 0, 0};
     body(at, lanes, load(g + (column - begin), lanes));
   });
 }
