@@ -148,7 +148,8 @@ struct Terms {
   }
 };
 
-// totals[k][c] += the sum of the k-th term over pixels [begin, end), in runs of float.
+// totals[k][c] += the sum of the k-th term over pixels [begin, end), in runs of float, for at most
+// kChannelTile channels.
 template <class T, int kSums>
 void sum_pixels(const Shape& shape, const Slope& slope, Parts::Range pixels, int64_t first, int64_t last,
                 double* const (&totals)[kSums]) {
@@ -208,7 +209,8 @@ void sums_pass(const GradientSums& pass) {
     }
     const Parts::Range range = pass.parts.range(part);
     if constexpr (kOrder == Order::kPixels)
-      sum_pixels<T>(shape, pass.slope, range, first, last, totals);
+      for (int64_t c = first; c < last; c += kChannelTile)
+        sum_pixels<T>(shape, pass.slope, range, c, minimum(c + kChannelTile, last), totals);
     else
       sum_planes<T>(shape, pass.slope, range, first, last, totals);
   });
