@@ -180,7 +180,7 @@ def test_a_peer_that_is_missing_says_how_to_have_it(monkeypatch):
         PEERS["openvino"](small_models.tiny(), work(training=False))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux counts it")
+@pytest.mark.skipif(sys.platform != "linux", reason="a process reads its own peak from /proc, which Linux alone has")
 def test_a_process_of_its_own_tells_what_a_step_takes_of_the_machine():
     root = Path(__file__).parents[1]
     case = "memory policies, resnet18, training step, batch 2, 64 x 64, bf16, cpu"

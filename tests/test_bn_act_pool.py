@@ -227,12 +227,11 @@ def test_sums_of_more_channels_than_are_added_up_together():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 1100, 6, 5, generator=generator).contiguous(memory_format=torch.channels_last)
     found = []
-    for dtype in (torch.float32, torch.float64):
+    for backend, dtype in (("native", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
         leaf, weight, bias = (t.to(dtype, copy=True).requires_grad_() for t in (x, torch.ones(1100), torch.zeros(1100)))
-        backend = "native" if dtype is torch.float32 else "reference"
         with fusedres.use_backend(backend):
             y = bn_act_pool(leaf, Norm(weight, bias, training=True), kernel_size=3, stride=2, padding=1)
         y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y))
         found.append((leaf.grad, weight.grad, bias.grad))
-    for ours, exact in zip(*found, strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+    for ours, eager, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 1.1 * (eager - exact).norm()

@@ -72,7 +72,8 @@ def test_others_are_called_as_they_are(refuse: Callable[[], None]) -> None:
     unhooked = classifier()
     ours = [optimized(model)[0] for model in (hooked, unhooked)]
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(outputs(ours[0], x), outputs(hooked, x), rtol=2e-2, atol=2e-2)
+        exact = outputs(copy.deepcopy(hooked).double(), x.double())
+        assert error(outputs(ours[0], x), exact) <= 1.1 * error(outputs(hooked, x), exact)
     torch.testing.assert_close(outputs(ours[1], x), outputs(unhooked, x))
     refuse()
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(AssertionError, match="the module was called"):
@@ -85,8 +86,10 @@ def test_others_are_called_as_they_are(refuse: Callable[[], None]) -> None:
 def test_a_layer_over_every_pixel_is_linears_own() -> None:
     model = network(nn.Flatten(2), nn.Linear(49, 7)).bfloat16()
     ours, _ = optimized(model)
-    x = batch(9, dtype=torch.bfloat16)
-    torch.testing.assert_close(outputs(ours, x), outputs(model, x), rtol=2e-2, atol=2e-2)
+    # In our layout: aten's fully connected layer rounds once more where its input is not contiguous.
+    x = torch.cat([batch(9, dtype=torch.bfloat16) for _ in range(64)]).to(memory_format=torch.channels_last)
+    exact = outputs(copy.deepcopy(model).double(), x.double())
+    assert error(outputs(ours, x), exact) <= 1.1 * error(outputs(model, x), exact)
 
 
 @pytest.mark.usefixtures("native")
