@@ -12,7 +12,7 @@ from conftest import Race, add_rates, whole
 from torch import nn
 
 from fusedres.bench.ceilings import Ceilings
-from fusedres.bench.contestants import ENTRIES
+from fusedres.bench.contestants import ENTRIES, FUSED_COMPILED
 from fusedres.bench.work import Work
 from fusedres.testing import import_torchvision
 
@@ -68,7 +68,7 @@ def cases(quick: bool) -> dict[str, tuple[Shape, Work]]:
 
 
 def races(quick: bool) -> dict[str, list[str]]:
-    names = [name for name in ENTRIES if not quick or name != "torch.compile"]
+    names = [name for name in ENTRIES if not quick or name not in ("torch.compile", FUSED_COMPILED)]
     return dict.fromkeys(cases(quick), names)
 
 

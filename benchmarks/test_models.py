@@ -13,7 +13,7 @@ from torch import nn
 
 from fusedres.bench import networks
 from fusedres.bench.ceilings import Ceilings
-from fusedres.bench.contestants import ENTRIES, FROZEN, OPTIMIZED, PEERS
+from fusedres.bench.contestants import ENTRIES, FROZEN, FUSED_COMPILED, OPTIMIZED, PEERS
 from fusedres.bench.work import Work
 
 MODELS = ("resnet18", "resnet50", "timm/resnet50d", "timm/seresnet50")
@@ -48,9 +48,10 @@ def cases(quick: bool) -> dict[str, Work]:
 
 
 def races(quick: bool) -> dict[str, list[str]]:
-    names = [name for name in (*ENTRIES, *PEERS) if not quick or not name.startswith("torch.compile")]
+    names = [name for name in (*ENTRIES, *PEERS) if not quick or "torch.compile" not in name]
     trained = [name for name in names if name not in (OPTIMIZED, FROZEN, *PEERS)]
-    return {case: trained if work.training else names for case, work in cases(quick).items()}
+    served = [name for name in names if name != FUSED_COMPILED]
+    return {case: trained if work.training else served for case, work in cases(quick).items()}
 
 
 def test_model(

@@ -106,15 +106,15 @@ def candidates(op: str) -> list[Backend]:
 
 def choose(request: Request) -> Backend:
     """The first backend without an objection, or the forced one, which serves or raises."""
-    if request.compiling:  # torch.compile guards on what this reads; a cache would hide it
-        return _first(request)
-    if recorder is not None:
+    if recorder is not None and not request.compiling:
         recorder.add(request)
     return serving(request)
 
 
 def serving(request: Request) -> Backend:
-    """The backend that `choose` would return, nothing being recorded; not for tracing."""
+    """The backend that `choose` would return, nothing being recorded."""
+    if request.compiling:  # torch.compile guards on what this reads; a cache would hide it
+        return _first(request)
     found = _chosen.get(request)
     if found is None:
         found = _chosen[request] = _first(request)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,12 +23,11 @@ class Span:
     before_act: list[nn.Module]
     act: nn.Module | Activation
     after_act: list[nn.Module]
+    is_link: bool = field(init=False)  # whether the stage is nothing but conv -> norm -> act
 
-    @cached_property
-    def is_link(self) -> bool:
-        """Whether the stage is nothing but conv -> norm -> act."""
+    def __post_init__(self) -> None:
         plain = isinstance(self.act, Activation) and not self.before_act and not self.after_act
-        return plain and segment.is_bare(self.conv)
+        self.is_link = plain and segment.is_bare(self.conv)
 
 
 @dataclass(eq=False)
@@ -44,21 +42,14 @@ class Parts:
     gate: Tensor | float | None
     adds_in_place: bool
     act: nn.Module | Activation
+    is_segment: bool = field(init=False)  # whether the block is nothing but a chain of links and a shortcut
+    convolutions: list[nn.Module] = field(init=False)  # those that a segment computes
 
-    @cached_property
-    def is_segment(self) -> bool:
-        """Whether the block is nothing but a chain of links and a shortcut."""
-        if self.between or self.gate is not None or not isinstance(self.act, Activation):
-            return False
-        if self.shortcut_norm is not None and not segment.is_bare(self.before_shortcut_norm[-1]):
-            return False
-        return all(span.is_link for span in self.spans)
-
-    @cached_property
-    def convolutions(self) -> list[nn.Module]:
-        """Those that a segment computes."""
+    def __post_init__(self) -> None:
         projection = [] if self.shortcut_norm is None else self.before_shortcut_norm[-1:]
-        return [*(span.conv for span in self.spans), *projection]
+        plain = not self.between and self.gate is None and isinstance(self.act, Activation)
+        self.is_segment = plain and all(map(segment.is_bare, projection)) and all(span.is_link for span in self.spans)
+        self.convolutions = [*(span.conv for span in self.spans), *projection]
 
 
 def execute(parts: Parts, x: Tensor, memory: Memory) -> Tensor:

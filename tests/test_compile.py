@@ -131,10 +131,14 @@ def test_train_and_eval_are_compiled_apart(fused_backend):
     torch.testing.assert_close(fused.state_dict(), eager.state_dict(), rtol=1e-12, atol=1e-12)
 
 
-def test_a_kernel_backend_is_one_node_for_each_op(kernels):
+def test_a_kernel_backend_is_one_node_for_each_segment_in_training_and_for_each_op_elsewhere(kernels):
     recorder = Recorder()
-    recorder.compile(projection_pair()[0])(sample())
-    assert "fusedres_python.bn_act.default" in recorder.graphs[0]
+    run = recorder.compile(projection_pair()[0])
+    run(sample())
+    assert "fusedres.segment.default" in recorder.graphs[0]
+    with torch.no_grad():
+        run(sample())
+    assert "fusedres_python.bn_act.default" in recorder.graphs[1]
 
 
 def test_a_change_of_backend_after_compilation_is_noticed(kernels):
@@ -144,7 +148,7 @@ def test_a_change_of_backend_after_compilation_is_noticed(kernels):
     for name in ("reference", "python", "reference"):
         with fusedres.use_backend(name):
             torch.testing.assert_close(run(x), eager.eval()(x), rtol=1e-12, atol=1e-12)
-    assert ["fusedres_python.bn_act.default" in graph for graph in recorder.graphs] == [False, True]
+    assert ["fusedres.segment.default" in graph for graph in recorder.graphs] == [False, True]
 
 
 def test_a_replaced_child_after_compilation_is_noticed(fused_backend):

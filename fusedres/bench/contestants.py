@@ -20,6 +20,7 @@ from fusedres.bench.work import Inference, Step, Training, Work
 BASELINE = "eager"
 CHANNELS_LAST = "eager channels_last"
 FUSED = "fusedres"
+FUSED_COMPILED = "fusedres, torch.compile"
 REMEDY = "pip install 'fusedres[peers]'"
 OPTIMIZED = "fusedres.optimize"
 FROZEN = "torch.compile, freezing"
@@ -46,6 +47,14 @@ def _fused(model: nn.Module, work: Work) -> Step:
     if not report.fused and not report.already_fused:
         raise Absent(f"nothing in this model is fused:\n{report}")
     return step_of(twin, images, work)
+
+
+def _fused_compiled(model: nn.Module, work: Work) -> Step:
+    if not work.training:
+        raise Absent(f"training only; {OPTIMIZED} is for inference")
+    twin = copy.deepcopy(model)
+    fusion.fuse(twin)
+    return _compiled(twin, work)
 
 
 def _compiled(model: nn.Module, work: Work) -> Step:
@@ -156,6 +165,7 @@ ENTRIES: dict[str, Entry] = {
     BASELINE: _plain,
     CHANNELS_LAST: _channels_last,
     FUSED: _fused,
+    FUSED_COMPILED: _fused_compiled,
     OPTIMIZED: _optimized,
     "torch.compile": _compiled,
     FROZEN: _frozen,

@@ -20,10 +20,10 @@ from fusedres.backends import Backend, Geometry
 from fusedres.memory import Memory
 from fusedres.modules import count_batch, dtypes_fit, is_hooked, member, norm_of
 from fusedres.ops import kernels
-from fusedres.ops.bn_act import moved_by
-from fusedres.segment.function import SegmentFunction, SyncSegmentFunction
-from fusedres.segment.plan import Plan, Step
-from fusedres.segment.requests import computing_dtype, requests_of
+from fusedres.segment import operator
+from fusedres.segment.function import SegmentFunction, SyncSegmentFunction, apply
+from fusedres.segment.plan import Plan, Step, convolved
+from fusedres.segment.requests import computing_dtype, describe, requests_of
 from fusedres.synchronised import Synchronised, are_joint, group_of
 
 
@@ -59,7 +59,7 @@ def is_plain(conv: Any) -> bool:
 
 def is_possible(x: Tensor) -> bool:
     """Whether there is a backward to be had, and autograd that would take the function as it is."""
-    return torch.is_grad_enabled() and type(x) is Tensor and not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and type(x) is Tensor
 
 
 def run(x: Tensor, links: Sequence[Link], end: End | None, memory: Memory) -> Tensor | None:
@@ -77,26 +77,22 @@ def run(x: Tensor, links: Sequence[Link], end: End | None, memory: Memory) -> Te
         groups.append(group_of(norm))
     if len(every) > len(links) and not are_joint(links[-1].act, *groups[-2:]):
         return None
-    requests = requests_of(x, shortcut, dtype, steps, len(links))
+    compiling = torch.compiler.is_compiling()
+    requests = (describe if compiling else requests_of)(x, shortcut, dtype, steps, len(links))
     if requests is None or any(dispatch.serving(request).plain for request in requests.norms):
         return None
     backends = [dispatch.choose(request) for request in requests.norms]
     operators = [_operators(backend, group) for backend, group in zip(backends, groups, strict=False)]
-    for index, request in enumerate(requests.convolutions):
-        convolution = dispatch.convolving(request).training_convolution
-        if convolution is not None:
-            steps[index] = steps[index]._replace(convolution=convolution)
-
     for link in every:
         count_batch(link.norm)
-    parameters = [t for step in steps for t in (step.weight, step.bias, step.norm.weight, step.norm.bias)]
-    moved = moved_by(*(step.norm for step in steps))
+    if not compiling:
+        steps = convolved(steps, requests.convolutions)
     projection = steps.pop() if len(every) > len(links) else None
     plan = Plan(steps, operators, end is not None, projection, dtype, memory)
-    function = SyncSegmentFunction if any(group is not None for group in groups) else SegmentFunction
-    y = function.apply(plan, x, None if shortcut is x else shortcut, *parameters)
-    torch.autograd.graph.increment_version(moved)
-    return y  # pyright: ignore[reportReturnType]
+    other = None if shortcut is x else shortcut
+    if compiling:
+        return operator.call(plan, x, other)
+    return apply(plan, x, other, SegmentFunction if all(group is None for group in groups) else SyncSegmentFunction)
 
 
 def _operators(backend: Backend, group: Any) -> kernels.Operators:

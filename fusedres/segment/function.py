@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from fusedres.epilogue import IDENTITY
 from fusedres.memory import Memory
 from fusedres.ops import gradients, kernels
-from fusedres.ops.bn_act import arguments_of
+from fusedres.ops.bn_act import arguments_of, moved_by
 from fusedres.segment.backward import Backward, backward_again
 from fusedres.segment.plan import ARGUMENTS, FIRST, Kept, Plan, Step, in_layout_of, is_dropped
 
@@ -75,6 +75,14 @@ class SegmentFunction(torch.autograd.Function):
         if d_shortcut is not None and shortcut is not None:
             d_shortcut = gradients.cast(d_shortcut, shortcut.dtype)
         return None, dx, d_shortcut, *found
+
+
+def apply(plan: Plan, x: Tensor, shortcut: Tensor | None, function: type = SegmentFunction) -> Tensor:
+    """The function of a plan on x, and on the shortcut where that is another tensor."""
+    y = function.apply(plan, x, shortcut, *plan.parameters)
+    if not torch.compiler.is_compiling():  # a compiled graph writes the statistics back itself
+        torch.autograd.graph.increment_version(moved_by(*(step.norm for step in plan.steps)))
+    return y
 
 
 class SyncSegmentFunction(SegmentFunction):

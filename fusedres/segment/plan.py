@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from fusedres import dispatch
-from fusedres.backends import Geometry, Norm, TrainingConvolution, reference
+from fusedres.backends import Geometry, Norm, Request, TrainingConvolution, reference
 from fusedres.epilogue import Activation
 from fusedres.memory import Memory
 from fusedres.ops import kernels
@@ -25,9 +26,22 @@ class Step(NamedTuple):
     act: Activation
     convolution: TrainingConvolution = reference.TRAINING_CONVOLUTION
 
+    def output_sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        channels, _, *kernel = self.weight.shape
+        return sizes[0], channels, *self.geometry.output_size((kernel[0], kernel[1]), *sizes[2:])
+
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(weight.dtype)
         return self.convolution.forward(x, weight, bias, self.geometry)
+
+
+def convolved(steps: list[Step], requests: Sequence[Request]) -> list[Step]:
+    """With the convolutions of those whom the dispatcher names."""
+    found = [dispatch.convolving(request).training_convolution for request in requests]
+    return [
+        step if convolution is None else step._replace(convolution=convolution)
+        for step, convolution in zip(steps, found, strict=True)
+    ]
 
 
 class Plan(NamedTuple):
@@ -43,11 +57,20 @@ class Plan(NamedTuple):
     """
 
     chain: list[Step]
-    operators: list[kernels.Operators]
+    operators: Sequence[kernels.Operators]
     joins: bool
     projection: Step | None
     dtype: torch.dtype
     memory: Memory
+
+    @property
+    def steps(self) -> list[Step]:
+        """The projection last."""
+        return self.chain if self.projection is None else [*self.chain, self.projection]
+
+    @property
+    def parameters(self) -> list[Tensor | None]:
+        return [t for step in self.steps for t in (step.weight, step.bias, step.norm.weight, step.norm.bias)]
 
 
 class Kept(NamedTuple):

@@ -47,7 +47,7 @@ def requests_of(
     except KeyError:
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
-        _known[key] = _describe(x, shortcut, dtype, steps, length)
+        _known[key] = describe(x, shortcut, dtype, steps, length)
         return _known[key]
 
 
@@ -61,16 +61,15 @@ def _kind_of_step(step: Step) -> Any:
     return (_kind(weight), _kind(bias), geometry, act.code, norm.training, norm.eps > 0, *members)
 
 
-def _describe(
-    x: Tensor, shortcut: Tensor | None, dtype: torch.dtype, steps: list[Step], length: int
-) -> Requests | None:
+def describe(x: Tensor, shortcut: Tensor | None, dtype: torch.dtype, steps: list[Step], length: int) -> Requests | None:
+    """The same, found anew: what torch.compile traces, so that it guards on what is read."""
     chain, projection = steps[:length], steps[length:]
     shapes = _shapes(x, dtype, chain)
     if shapes is None:
         return None
     layout = dispatch.layout(x)
     norms = [_request(x, dtype, layout, step) for step in chain]
-    convolutions = [_convolution(dtype, layout, shape, step) for shape, step in zip(shapes, chain, strict=False)]
+    convolutions = convolutions_of(x, shortcut, dtype, steps, length)
     if shortcut is None:
         return Requests(norms, convolutions)
     if type(shortcut) is not Tensor:
@@ -78,7 +77,6 @@ def _describe(
     added, residual = [shortcut.shape], (shortcut.dtype, dispatch.layout(shortcut))
     if projection:
         added, residual = _shapes(shortcut, dtype, projection), (dtype, residual[1])
-        convolutions.append(_convolution(dtype, residual[1], tuple(shortcut.shape), *projection))
     # Sums that broadcast or promote are eager's.
     if added is None or added[-1] != shapes[-1] or residual[0] != dtype:
         return None
@@ -86,12 +84,25 @@ def _describe(
     return Requests(norms, convolutions)
 
 
-def _convolution(dtype: torch.dtype, layout: str, sizes: tuple[int, ...], step: Step) -> Request:
+def convolutions_of(
+    x: Tensor, shortcut: Tensor | None, dtype: torch.dtype, steps: list[Step], length: int
+) -> list[Request]:
+    """Of the chain, then of the projection."""
+    found, sizes = [], tuple(x.shape)
+    for step in steps[:length]:
+        found.append(_convolution(x, dtype, sizes, step))
+        sizes = step.output_sizes(sizes)
+    if shortcut is not None:
+        found += [_convolution(shortcut, dtype, tuple(shortcut.shape), step) for step in steps[length:]]
+    return found
+
+
+def _convolution(source: Tensor, dtype: torch.dtype, sizes: tuple[int, ...], step: Step) -> Request:
     return Request(
         "conv",
-        step.weight.device.type,
+        source.device.type,
         dtype,
-        layout,
+        dispatch.layout(source),
         IDENTITY.name,
         parameter_dtype=dtype,
         wants_gradient=True,
@@ -123,6 +134,7 @@ def _request(
         residual_dtype,
         residual_layout,
         statistics_of(norm_r),
+        compiling=torch.compiler.is_compiling(),
     )
 
 
@@ -140,8 +152,7 @@ def _shapes(x: Tensor, dtype: torch.dtype, steps: list[Step]) -> list[tuple[int,
         # A channels_last weight makes the result channels_last, whatever x is.
         if layout != "channels_last" and weight.stride()[1:] != (window[0] * window[1], window[1], 1):
             return None
-        geometry = zip(shape[2:], window, *step.geometry[:3], strict=True)
-        shape = (shape[0], channels, *((n + 2 * pad - gap * (k - 1) - 1) // by + 1 for n, k, by, pad, gap in geometry))
+        shape = step.output_sizes(shape)
         if min(shape) < 1 or (norm.training and (norm.eps <= 0 or shape[0] * shape[2] * shape[3] == 1)):
             return None
         if any(t is not None and (t.shape != (channels,) or t.device != x.device) for t in norm[:4]):

@@ -1,0 +1,161 @@
+"""Under torch.compile a block is one node in training, and its kernels and its bits are those of the block without."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from eager import assert_same_outcome, observe, pair, sample
+from test_segment import BUILDS, POLICIES, input_of
+from torch import nn
+
+import fusedres
+from fusedres import dispatch, epilogue
+from fusedres.backends import Geometry, Norm
+from fusedres.memory import Memory
+from fusedres.ops import kernels
+from fusedres.segment import operator
+from fusedres.segment.plan import Plan, Step
+
+NODE = "fusedres.segment.default"
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs_of(module, x, backend="eager", **kwargs):
+    """The module compiled, its outcome on x, and the graphs as Dynamo has them."""
+    graphs, inner = [], torch._dynamo.lookup_backend(backend)
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return inner(graph, inputs)
+
+    run = torch.compile(module, fullgraph=True, backend=keep)
+    return run, observe(run, x, owner=module, **kwargs), graphs
+
+
+def targets(graph):
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize(
+    "build, layout, training",
+    [
+        *((build, "channels_last", True) for build in BUILDS),
+        ("bottleneck, projection", "contiguous", True),
+        ("bottleneck, projection", "channels_last", False),
+    ],
+)
+def test_a_compiled_block_is_one_node_with_the_bits_of_the_block(build, layout, training, kernel_backend):
+    fused, _ = BUILDS[build]()
+    x, twin = input_of(fused, layout=layout), copy.deepcopy(fused).train(training)
+    _, outcome, (graph,) = graphs_of(fused.train(training), x, "aot_eager")
+    assert targets(graph).count(NODE) == 1
+    assert not any("conv" in name or "bn_act" in name for name in targets(graph))
+    assert_same_outcome(outcome, observe(twin, x), exact=True)
+
+
+OWN_CONVOLUTIONS = {
+    "basic, identity": partial(pair, "BasicBlock", 32, 32, dtype=torch.float32),
+    "bottleneck, projection": partial(pair, "Bottleneck", 32, 16, 2, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("build", OWN_CONVOLUTIONS)
+def test_convolutions_of_our_own_are_compiled_too(build, backend, native):
+    half = partial(torch.autocast, "cpu", torch.bfloat16)
+    fused, _ = OWN_CONVOLUTIONS[build]()
+    fused.to(memory_format=torch.channels_last)
+    x = sample(4, 32, 14, 14, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(fused)
+    with torch.profiler.profile() as profile:
+        _, outcome, (graph,) = graphs_of(fused, x, backend, context=half)
+    assert NODE in targets(graph)
+    operations = {event.key for event in profile.key_averages()}
+    assert {"fusedres_native::conv", "fusedres_native::conv_dweight"} <= operations
+    assert_same_outcome(outcome, observe(twin, x, context=half), exact=True)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_under_every_memory_policy(policy, kernel_backend):
+    fused, _ = BUILDS["bottleneck, projection"]()
+    x, twin = input_of(fused), copy.deepcopy(fused)
+    with fusedres.set_memory(policy):
+        _, outcome, (graph,) = graphs_of(fused, x, "aot_eager")
+        assert NODE in targets(graph)
+        assert_same_outcome(outcome, observe(twin, x), exact=True)
+
+
+def test_another_batch_size_costs_one_more_compilation_and_none_afterwards(kernel_backend):
+    fused, eager = BUILDS["bottleneck, projection"]()
+    run, _, graphs = graphs_of(fused, input_of(fused), "aot_eager")
+    observe(eager, input_of(fused))
+    eager.load_state_dict(fused.state_dict())
+    for batch in (5, 4, 6):
+        x = sample(batch, 4, 6, 6).to(memory_format=torch.channels_last)
+        assert_same_outcome(observe(run, x, owner=fused), observe(eager, x), exact=False)
+    assert [NODE in targets(graph) for graph in graphs] == [True, True]
+
+
+def test_gradients_nobody_asked_for_are_none(kernel_backend):
+    fused, _ = BUILDS["basic, projection"]()
+    for frozen in (fused.conv1.weight, fused.bn2.weight, fused.shortcut[0].weight):
+        frozen.requires_grad_(False)
+    x, twin = input_of(fused), copy.deepcopy(fused)
+    _, outcome, _ = graphs_of(fused, x, "aot_eager")
+    assert_same_outcome(outcome, observe(twin, x), exact=True)
+
+
+def test_norms_without_parameters_or_statistics_and_convolutions_with_a_bias(kernel_backend):
+    fused, _ = BUILDS["basic, identity"]()
+    fused.conv1 = nn.Conv2d(4, 4, 3, padding=1, dtype=torch.float64)
+    fused.bn1 = nn.BatchNorm2d(4, affine=False, dtype=torch.float64)
+    fused.bn2 = nn.BatchNorm2d(4, track_running_stats=False, dtype=torch.float64)
+    x, twin = input_of(fused), copy.deepcopy(fused)
+    _, outcome, (graph,) = graphs_of(fused, x, "aot_eager")
+    assert NODE in targets(graph)
+    assert_same_outcome(outcome, observe(twin, x), exact=True)
+
+
+def test_where_a_segment_is_not_possible_the_block_is_compiled_op_by_op(kernel_backend):
+    fused, eager = BUILDS["basic, identity"]()
+    for block in (fused, eager):
+        block.bn1.register_forward_hook(lambda module, arguments, y: 2 * y)
+    x = input_of(fused)
+    _, outcome, (graph,) = graphs_of(fused, x, "aot_eager")
+    assert NODE not in targets(graph)
+    assert_same_outcome(outcome, observe(eager, x), exact=False)
+
+
+def test_what_else_decides_is_part_of_what_compiled_graphs_are_kept_under(native, monkeypatch):
+    fused, _ = BUILDS["basic, identity"]()
+    found = []
+    for setting in ("0", "1"):
+        torch._dynamo.reset()
+        monkeypatch.setenv("FUSEDRES_WINOGRAD", setting)
+        _, _, (graph,) = graphs_of(fused, input_of(fused))
+        (node,) = (node for node in graph.graph.nodes if str(node.target) == NODE)
+        found.append(node.args[-1])
+    assert all(f"FUSEDRES_WINOGRAD={setting}" in facts for setting, facts in zip("01", found, strict=True))
+    assert found[0].split()[1].startswith("native-")
+
+
+@pytest.mark.parametrize("projects", [False, True])
+def test_the_operator_passes_opcheck(projects, kernel_backend):
+    def step(inputs, kernel):
+        weight = torch.randn(4, inputs, kernel, kernel, dtype=torch.float64, requires_grad=True)
+        affine = torch.rand(2, 4, dtype=torch.float64).unbind()
+        norm = Norm(*(t.requires_grad_() for t in affine), *torch.ones(2, 4, dtype=torch.float64).unbind(), True)
+        return Step(weight, None, Geometry(padding=(kernel // 2, kernel // 2)), norm, epilogue.find("relu"))
+
+    operators = [kernels.of(dispatch.backend(kernel_backend), "bn_act")] * 2
+    chain, projection = [step(4, 1), step(4, 3)], step(4, 1) if projects else None
+    plan = Plan(chain, operators, True, projection, torch.float64, Memory.FAST)
+    x = sample(2, 4, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+    torch.library.opcheck(torch.ops.fusedres.segment.default, operator.arguments_of(plan, x, None))
