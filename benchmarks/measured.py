@@ -40,6 +40,7 @@ PEERS = (
     "loop, same bytes",
 )
 TRADEOFF = "memory policies"
+TASKS = ("training step", "inference")
 CONDITIONS = ("device", "cpu", "threads", "torch", "fusedres", "commit", "malloc", "python")
 RATES = (
     ("GB/s", "GB/s (share of a copy's)", "share of copy bandwidth"),
@@ -212,14 +213,35 @@ def slower(found: list[Run]) -> Iterator[str]:
         yield from ("", "Neither faster nor slower, as far as the 95 % interval tells:", "", *undecided)
 
 
-def readme_table(found: list[Run]) -> str:
-    """Of every file its races with the ratios, for the README."""
-    lines = []
+def readme_tables(found: list[Run]) -> str:
+    """The races of networks, for the README: one table for each machine, setting of malloc and task."""
+    races: dict[tuple[str, str], list[Race]] = defaultdict(list)
     for run in found:
-        lines += [f"{_words(run.conditions)}:", "", "| race | | times as fast as eager [95 %] |", "|---|---|---|"]
-        lines += [f"| {race.name} | {name} | {bold(race.ratio(name))} |" for race in run.races for name in race.shown]
-        lines += ["", f"![times as fast as eager](docs/measured/{run.chart.name})", "", f"    {run.command}", ""]
-    return "\n".join(lines).rstrip()
+        facts = run.conditions
+        where = f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, malloc {facts['malloc']}"
+        for race in run.races:
+            for task in TASKS:
+                if f", {task}, " in race.name and not race.name.startswith(TRADEOFF):
+                    races[where, task].append(race)
+    return "\n".join(
+        line for (where, task), group in races.items() for line in _readme_table(where, task, group)
+    ).rstrip()
+
+
+def _readme_table(where: str, task: str, races: list[Race]) -> Iterator[str]:
+    present = dict.fromkeys(name for race in races for name in race.entries)
+    names = [name for name in (BASE, *PEERS, *(n for n in present if n not in PEERS and n != BASE)) if name in present]
+    yield from (f"{where}; {task}, ms:", "")
+    yield f"| | {' | '.join(names)} | best of the others / best of ours |"
+    yield "|---" * (2 + len(names)) + "|"
+    for race in races:
+        times = {name: race.milliseconds(name) for name in race.entries}
+        ours = min(times[name] for name in race.ours)
+        others = min(time for name, time in times.items() if name not in race.ours)
+        cells = [f"{times[name]:.4g}" if name in times else "" for name in names]
+        label = race.name.replace(f", {task}", "").removesuffix(", cpu")
+        yield f"| {label} | {' | '.join(cells)} | **{others / ours:.2f}** |"
+    yield ""
 
 
 def with_numbers(readme: str, found: list[Run]) -> str:
@@ -229,7 +251,7 @@ def with_numbers(readme: str, found: list[Run]) -> str:
         return readme
     before, _, rest = readme.partition(first)
     _, _, after = rest.partition(last)
-    return f"{before}{first}\n\n{readme_table(found)}\n\n{last}{after}"
+    return f"{before}{first}\n\n{readme_tables(found)}\n\n{last}{after}"
 
 
 def draw(run: Run) -> None:
