@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fusedres import times
 from fusedres.backends import CONVOLUTIONS, Backend, Request, cuda, cudnn, native, onednn, reference, triton
 
 # A kernel tells the backward in one byte which value of a window was the largest, and 255 that none was.
@@ -219,6 +220,7 @@ def force(name: str | None) -> None:
     """Force one backend until further notice; None lifts it."""
     global _forced
     _forced = None if name is None else backend(name).name
+    times.is_backend_forced = _forced is not None
     clear()
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fusedres import eligibility, inference, swap
+from fusedres import eligibility, inference, swap, times
 from fusedres.epilogue import IDENTITY
 from fusedres.inference.flatten import Flat, flatten
 from fusedres.inference.program import backend_of
@@ -123,7 +123,7 @@ def optimize(model: nn.Module, example: Tensor | None = None, *, cuda_graph: boo
         inference.graph(model, example.shape[0])
     if example is not None:
         try:
-            with torch.no_grad(), inference.measuring():
+            with torch.no_grad(), times.measuring():
                 model(example)
         except BaseException:  # Ctrl-C too leaves the model as it was; nothing is swallowed
             for module in before:

@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,13 @@ class Table:
             written.write_text(json.dumps({**body, "sha256": _digest(body)}, indent=1, sort_keys=True) + "\n")
             os.replace(written, path)
         return path
+
+    def add(self, entries: Mapping[str, object], accept: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Path:
+        """Put entries beside those that the file has by now, of other processes, if it can be used at all."""
+        present: Mapping[str, object] = {}
+        with suppress(Exception):  # whoever reads it is warned
+            present = accept(self._entries(self.path.read_bytes()))
+        return self.save({**present, **entries})
 
     def _entries(self, text: bytes) -> Mapping[str, Any]:
         data = json.loads(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torchvision_models import resnet
 
 import fusedres
-from fusedres import build, cache
-from fusedres.inference import choice
+from fusedres import build, cache, times
 from fusedres.native_sources import NATIVE
 from fusedres.optimization import Optimization
+from fusedres.times import Calls, Times
 
 NAMES = ("native direct", "native winograd 2", "native winograd 4", "onednn")
 Asked = list[list[str]]
@@ -28,7 +28,7 @@ Asked = list[list[str]]
 def tuned(native: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Times may be taken, and a folder of its own keeps them; the library is loaded already."""
     monkeypatch.setenv("FUSEDRES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(choice, "_read", {})
+    monkeypatch.setattr(times, "_read", {})
     torch.use_deterministic_algorithms(False)
     yield
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -40,16 +40,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     return pretend(monkeypatch, {"onednn": 1.0})
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, times: Mapping[str, float]) -> Asked:
+def pretend(monkeypatch: pytest.MonkeyPatch, found: Mapping[str, float]) -> Asked:
     seen: Asked = []
 
-    def measure(calls: Mapping[str, Callable[[], object]], x: Tensor) -> Mapping[str, float]:
+    def measure(calls: Calls, warm: Sequence[Tensor]) -> Times:
         seen.append(list(calls))
         for call in calls.values():
             call()
-        return {name: times.get(name, 2.0) for name in calls}
+        return {name: found.get(name, 2.0) for name in calls}
 
-    monkeypatch.setattr(choice, "_measure", measure)
+    monkeypatch.setattr(times, "measure", measure)
     return seen
 
 
@@ -82,7 +82,7 @@ def test_another_process_measures_nothing_again(asked: Asked) -> None:
     x = images(2, 3, 16, 16)
     fusedres.optimize(network(), example=x)
     assert len(asked) == 3
-    choice._read.clear()
+    times._read.clear()
     assert backends(fusedres.optimize(network(), example=x)) == ["onednn"] * 5
     later = network()
     fusedres.optimize(later)
@@ -162,32 +162,43 @@ def test_a_damaged_table_is_ignored_with_one_warning_and_replaced(asked: Asked) 
     fusedres.optimize(network(), example=x)
     (path,) = cache.tables(cache.location())
     path.write_text(path.read_text().replace("1.0", "1.5", 1))
-    choice._read.clear()
+    times._read.clear()
     with pytest.warns(UserWarning, match=r"times of convolutions in .* are ignored, because it is damaged") as caught:
         fusedres.optimize(network(), example=x)
     assert len(caught) == 1 and len(asked) == 6
-    choice._read.clear()
+    times._read.clear()
     fusedres.optimize(network(), example=x)
     assert len(asked) == 6
 
 
 @pytest.mark.parametrize("ms", [0.0, -1.0, math.nan, math.inf, "1", None])
 def test_a_table_with_a_time_that_is_none_is_ignored(ms: object) -> None:
-    table = choice._table("cpu")
+    table = times.table_of("cpu")
     table.save({"entry": {"onednn": ms}})
     with pytest.warns(UserWarning, match="entry has a time that is none"):
-        assert choice._known(table) == {}
+        assert times._known(table) == {}
 
 
 def test_times_of_another_library_are_ignored(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     fusedres.optimize(network(), example=images(2, 3, 16, 16))
-    choice._read.clear()
+    times._read.clear()
     found = build.library(NATIVE)
     assert isinstance(found, build.Library)
     other = build.Library(Path("/elsewhere/native-0123/native.so"), "cached")
     monkeypatch.setattr(build, "library", lambda target: other)
     with pytest.warns(UserWarning, match="its kernels is 'native-.*' and not 'native-0123'"):
-        assert choice._known(choice._table("cpu")) == {}
+        assert times._known(times.table_of("cpu")) == {}
+
+
+def test_what_another_process_kept_meanwhile_stays(asked: Asked) -> None:
+    x, table = images(2, 3, 16, 16), times.table_of("cpu")
+    assert times._known(table) == {}
+    theirs = {"theirs": {"onednn": 1.0}}
+    table.save(theirs)
+    fusedres.optimize(network(), example=x)
+    times._read.clear()
+    kept = times._known(table)
+    assert len(asked) == 3 and len(kept) == 4 and kept.items() >= theirs.items()
 
 
 def test_where_nothing_can_be_kept_it_says_so_and_works(
@@ -205,7 +216,7 @@ def test_an_error_keeps_what_was_measured_until_then(asked: Asked) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(3, 16, 3)).eval()
     with pytest.raises(RuntimeError):
         fusedres.optimize(model, example=images(2, 3, 16, 16))
-    assert type(model) is nn.Sequential and len(choice._known(choice._table("cpu"))) == len(asked) > 0
+    assert type(model) is nn.Sequential and len(times._known(times.table_of("cpu"))) == len(asked) > 0
 
 
 Clock = Callable[[str, list[float]], Callable[[], None]]
@@ -230,33 +241,33 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_the_least_of_several_times_count_and_all_take_turns(clock: Clock) -> None:
     calls = {"a": clock("a", [0.5, 0.03125, 0.125, 0.03125, 0.03125]), "b": clock("b", [0.0625])}
-    assert choice._measure(calls, torch.ones(3)) == {"a": 31.25, "b": 62.5}
-    assert clock.order == ["a", "b"] * (1 + choice._ROUNDS)
+    assert times.measure(calls, [torch.ones(3)]) == {"a": 31.25, "b": 62.5}
+    assert clock.order == ["a", "b"] * (1 + times._ROUNDS)
     fluke = {"a": clock("c", [0.03125, 0.03125, 0.03, 0.03125]), "b": clock("d", [0.0625])}
-    assert choice._measure(fluke, torch.ones(3)) == {"a": 31.25, "b": 62.5}
+    assert times.measure(fluke, [torch.ones(3)]) == {"a": 31.25, "b": 62.5}
 
 
 def test_times_that_do_not_come_up_again_are_none(clock: Clock) -> None:
     unsteady = [0.25, 0.0625, 0.125, 0.03125, 0.25, 0.5, 0.25, 0.5]
-    assert choice._measure({"a": clock("a", unsteady), "b": clock("b", [0.0625])}, torch.ones(3)) == {}
+    assert times.measure({"a": clock("a", unsteady), "b": clock("b", [0.0625])}, [torch.ones(3)]) == {}
     later = [*unsteady[:5], 0.03125, 0.03125]
-    assert choice._measure({"a": clock("c", later), "b": clock("d", [0.0625])}, torch.ones(3)) == {
+    assert times.measure({"a": clock("c", later), "b": clock("d", [0.0625])}, [torch.ones(3)]) == {
         "a": 31.25,
         "b": 62.5,
     }
 
 
 def test_what_did_not_settle_is_left_to_the_rule_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_measure", lambda calls, x: {})
+    monkeypatch.setattr(times, "measure", lambda calls, warm: {})
     report = fusedres.optimize(network(), example=images(2, 3, 16, 16))
     assert backends(report) == ["native"] * 5 and {line.reason for line in report.convolutions} == {None}
     assert not cache.tables(cache.location())
 
 
 def test_real_times_are_positive_and_kept_apart_by_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_AGREEMENT", 100.0)  # other tests run beside this one
+    monkeypatch.setattr(times, "_AGREEMENT", 100.0)  # other tests run beside this one
     report = fusedres.optimize(network(), example=images(2, 3, 16, 16))
-    known = choice._known(choice._table("cpu"))
+    known = times._known(times.table_of("cpu"))
     assert len(known) == 3
-    assert all(set(times) == set(NAMES) and min(times.values()) > 0 for times in known.values())
+    assert all(set(found) == set(NAMES) and min(found.values()) > 0 for found in known.values())
     assert all(line.reason and "onednn" in line.reason for line in report.convolutions)

@@ -34,6 +34,7 @@ LAYERS = (
     {"apart", "gates", "memo", "memory", "modules", "ops"},
     {"dispatch"},
     {"backends"},
+    {"times"},
     {"host"},
     {"native_sources"},
     {"build"},

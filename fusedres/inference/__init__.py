@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from fusedres import dispatch
 from fusedres.inference import graphs
-from fusedres.inference.choice import measuring
 from fusedres.inference.folding import CASTS
 from fusedres.inference.plan import Plan
 from fusedres.inference.program import Program, refuse_capture
 from fusedres.inference.steps import Mode
 from fusedres.residual import ambient_objection
 
-__all__ = ["forget", "graph", "latest", "measuring", "mode_of", "serve"]
+__all__ = ["forget", "graph", "latest", "mode_of", "serve"]
 
 # Beside the modules and not in them, so that copies, pickles and state_dicts know nothing of it.
 _programs: WeakKeyDictionary[nn.Module, dict[Mode, Program]] = WeakKeyDictionary()
