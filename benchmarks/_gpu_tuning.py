@@ -16,8 +16,8 @@ import torch
 from _gpu_machine import tuned_table
 from _gpu_stage import Run, release
 
-from fusedres import tuning
 from fusedres.bench.timing import Report
+from fusedres.tuning import kernels
 
 BATCHES = (256, 64, 32, 1)  # of `ops`, `backends` and the baselines; the largest first
 SHORTEST_S = 30.0  # a shape that is begun with less might not be finished
@@ -25,7 +25,7 @@ SHORTEST_S = 30.0  # a shape that is begun with less might not be finished
 
 def tune(run: Run, report: Report) -> list[str]:
     """Shape by shape: what was found is kept, and reported, when the time is up."""
-    shapes = [shape for batch in run.pick(BATCHES, (2,)) for shape in tuning.shapes_at(batch)] if run.cuda else []
+    shapes = [shape for batch in run.pick(BATCHES, (2,)) for shape in kernels.shapes_at(batch)] if run.cuda else []
     seconds: dict[str, float] = {}
     report.data |= {"shapes": len(shapes), "seconds": seconds}
     for shape in shapes:
@@ -34,7 +34,7 @@ def tune(run: Run, report: Report) -> list[str]:
         name = "x".join(map(str, shape))
         print(f"  {name}", file=sys.stderr, flush=True)
         before = run.left()
-        path = tuning.tune([shape], stems=[shape] if shape[1:] == tuning.NORMS[0] else [], device=run.device)
+        path = kernels.tune_shapes([shape], stems=[shape] if shape[1:] == kernels.NORMS[0] else [], device=run.device)
         seconds[name] = before - run.left()
         table = json.loads(path.read_text())
         report.data |= {"tuned_table": tuned_table(run), "table": table, "changed": changed(run, table["entries"])}

@@ -15,16 +15,17 @@ from conftest import LOOP, Contestant, Race
 from torch import Tensor
 
 import fusedres
-from fusedres import dispatch, numerics, testing, tuning
+from fusedres import dispatch, numerics, testing
 from fusedres.backends import Window
 from fusedres.bench.ceilings import Ceilings
 from fusedres.bench.work import peak_bytes
 from fusedres.testing import Case, Operands
+from fusedres.tuning.kernels import NORMS
 
 torch._functorch.config.donated_buffer = False  # the backward is timed again and again over one graph
 
 BATCHES = (1, 16)
-STEM, *BLOCKS = tuning.NORMS
+STEM, *BLOCKS = NORMS
 QUICK_SHAPES = ((2, 64, 28, 28), (1, 512, 7, 7))
 KERNEL_BACKENDS = [backend.name for backend in dispatch.ORDER if "CPU" in backend.keys]
 # By op and residual, forward and backward: the tensors as large as x that have to be (read, written), pass by pass,

@@ -12,6 +12,7 @@ from fusedres.families import register_family
 from fusedres.fusion import fuse, unfuse
 from fusedres.memory import set_memory
 from fusedres.optimization import optimize, unoptimize
+from fusedres.tuning import tune
 from fusedres.verification import verify
 
 if _os.environ.get("FUSEDRES_BACKEND"):
@@ -28,6 +29,7 @@ __all__ = [
     "optimize",
     "register_family",
     "set_memory",
+    "tune",
     "unfuse",
     "unoptimize",
     "use_backend",

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -18,14 +18,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from fusedres import build, cache, commands, machine, tuning
+from fusedres import build, cache, commands, fusion, machine, tuning
 from fusedres.bench import charts, comparison, kernels, networks, profiling, tables
 from fusedres.bench.ceilings import measure as measure_ceilings
 from fusedres.bench.comparison import Comparison
-from fusedres.bench.contestants import BASELINE, CHANNELS_LAST, ENTRIES, FUSED, PEERS, Absent, Entry
+from fusedres.bench.contestants import BASELINE, CHANNELS_LAST, ENTRIES, FUSED, PEERS, Absent, Entry, in_channels_last
 from fusedres.bench.roofline import designs
 from fusedres.bench.timing import plain
 from fusedres.bench.work import DTYPES, Work
+from fusedres.tuning.kernels import BATCH, shapes_at, tune_shapes
 
 PROGRAM = "python -m fusedres"
 
@@ -77,21 +78,42 @@ def compile_libraries(
 
 @app.command()
 def tune(
-    dtype: Annotated[Precision, typer.Option(help="Of the tensors that are timed.")] = Precision.BF16,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a step.")] = tuning.BATCH,
+    model: Annotated[str | None, typer.Argument(help="As for bench; resnet50 if left out. For a CPU alone.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images in a step; 8 on a CPU, 256 on a GPU.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Height and width; the model's own if left out.")] = None,
+    dtype: Annotated[Precision, typer.Option(help="What is computed in, on a CPU by autocast.")] = Precision.BF16,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
 ) -> None:
-    """Time every configuration of the Triton kernels on this GPU, at the shapes of ResNets, and keep the fastest."""
-    where, shapes = _device("cuda"), tuning.shapes_at(batch)
+    """Time the convolutions of a training step on a CPU, the Triton kernels' configurations on a GPU; keep the times.
+
+    On a GPU the shapes are those of ResNets.
+    """
+    where = _device(device)
+    if where.type == "cuda" and (model or size):
+        raise typer.BadParameter("MODEL and --size are for --device cpu; a GPU is tuned at the shapes of ResNets")
     with _progress() as bar:
         task = bar.add_task("tuning", total=None)
-        table = tuning.tune(
-            shapes,
-            stems=shapes[:1],
-            dtypes=(DTYPES[dtype.value],),
-            device=where,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    console.print(table)
+
+        def notice(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if where.type == "cuda":
+            shapes = shapes_at(batch or BATCH)
+            found = tune_shapes(shapes, stems=shapes[:1], dtypes=(DTYPES[dtype.value],), device=where, progress=notice)
+        else:
+            found = _tune_model(model or "resnet50", batch or 8, size, DTYPES[dtype.value], notice)
+    console.print(str(found))
+
+
+def _tune_model(
+    name: str, batch: int, size: int | None, dtype: torch.dtype, notice: Callable[[int, int], None]
+) -> tuning.Tuning:
+    network = networks.build(name)
+    work = Work(name, True, batch, size or networks.image_size(network), dtype, torch.device("cpu"))
+    network, images = in_channels_last(network, work)
+    fusion.fuse(network)
+    with work.precision():
+        return tuning.tune(network, images, progress=notice)
 
 
 @app.command("cache")

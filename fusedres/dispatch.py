@@ -42,6 +42,7 @@ disabled: bool = os.environ.get("FUSEDRES_DISABLE", "0") not in ("", "0")
 # In smaller tensors a pass over memory that is saved is worth less than a call from Python costs.
 min_elements: int = _number(os.environ.get("FUSEDRES_MIN_ELEMENTS") or "262144")
 _chosen: dict[Request, Backend] = {}
+_convolving: dict[tuple[Request, int], Backend] = {}  # with the threads that measured times have to be for
 _MOST_CHOSEN = 4096
 
 
@@ -138,16 +139,21 @@ def _first(request: Request) -> Backend:
 def convolving(request: Request) -> Backend:
     """Who computes a training step's convolution.
 
-    aten does where no other backend, or not the forced one, can: that is no choice to be recorded.
+    aten does where no other backend, or not the forced one, can: that is no choice to be recorded, unless it was
+    measured.
     """
-    found = _chosen.get(request)
+    key = request, times.threads()
+    found = _convolving.get(key)
     if found is None:
-        if len(_chosen) >= _MOST_CHOSEN:  # the requests tell sizes, of which there may be any number
-            _chosen.clear()
+        if len(_convolving) >= _MOST_CHOSEN:  # the requests tell sizes, of which there may be any number
+            _convolving.clear()
         refused = _forced is not None and objection(backend(_forced), request) is not None
-        found = _chosen[request] = reference.BACKEND if refused else _first(request)
-    if recorder is not None and found is not reference.BACKEND:
-        recorder.add(request)
+        found = _convolving[key] = reference.BACKEND if refused else _first(request)
+    if recorder is not None:
+        served = (b.training_convolution for b in candidates(request.op))
+        measured = next(filter(None, (c.measured(request) for c in served if c is not None)), None)
+        if measured is not None or found is not reference.BACKEND:
+            recorder.add(request, found, measured)
     return found
 
 
@@ -180,6 +186,7 @@ def objections(request: Request) -> dict[str, str]:
 def clear() -> None:
     """Forget cached choices: for whoever changes ORDER or what a backend objects to."""
     _chosen.clear()
+    _convolving.clear()
 
 
 @contextmanager

@@ -13,9 +13,10 @@ import torch
 
 import fusedres
 from fusedres import __main__ as entry
-from fusedres import build, cache, cli, commands, dispatch, doctor, machine, tuning
-from fusedres.backends import reference
+from fusedres import build, cache, cli, commands, dispatch, doctor, machine, times
+from fusedres.backends import native_training, reference
 from fusedres.native_sources import CUDA, NATIVE, VARIANTS
+from fusedres.tuning import kernels
 
 
 @pytest.fixture
@@ -263,20 +264,43 @@ def test_an_interrupted_command_says_so_by_its_status(run, monkeypatch):
 def test_tune_hands_its_dtype_and_batch_on_and_prints_the_table(run, monkeypatch):
     def tune(shapes, *, stems, dtypes, device, progress):
         progress(1, 2)
-        assert (64, 512, 7, 7) in shapes and stems == [(64, 64, 112, 112)] and len(shapes) == len(tuning.NORMS)
+        assert (64, 512, 7, 7) in shapes and stems == [(64, 64, 112, 112)] and len(shapes) == len(kernels.NORMS)
         assert dtypes == (torch.float16,) and device.type == "cuda"
         return "the table"
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tuning, "tune", tune)
+    monkeypatch.setattr(cli, "tune_shapes", tune)
     status, printed, _ = run("tune", "--dtype", "fp16", "--batch", "64")
     assert status == 0 and printed.strip() == "the table"
 
 
-def test_tuning_needs_a_gpu(run, monkeypatch):
+def test_tune_for_a_gpu_needs_one_and_takes_no_model(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    status, _, error = run("tune")
+    status, _, error = run("tune", "--device", "cuda")
     assert status == 2 and "no CUDA device" in error
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for words in (("resnet50",), ("--size", "64")):
+        status, _, error = run("tune", *words)
+        assert status == 2 and "MODEL and --size are for --device cpu" in error
+
+
+def test_tune_on_a_cpu_prints_what_was_chosen_and_where_it_is_kept(run, native, monkeypatch, tmp_path):
+    monkeypatch.setattr(times, "measure", lambda calls, warm: {name: 1.0 + (name != "aten") for name in calls})
+    monkeypatch.setattr(times, "_read", {})
+    monkeypatch.setenv("FUSEDRES_CACHE", str(tmp_path / "cache"))
+    torch.use_deterministic_algorithms(False)
+    try:
+        words = "tune", "small_models:tiny", "--batch", "2", "--size", "8", "--device", "cpu"
+        status, printed, error = run(*words)
+        assert (status, error) == (0, "") and f"kept in {times.table_of('cpu').path}" in printed
+        assert re.search(r"2x8x8x8 by 16x8x1x1, stride 2x2 +dweight +aten +aten 1 ms, direct 2 ms", printed)
+        assert "what tuning found" in run("info")[1] and "tuned-convolutions" in run("cache")[1]
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        native_training.forget()
+        dispatch.clear()
+    status, _, error = run(*words)
+    assert status == 1 and error.count("\n") == 1 and "deterministic algorithms" in error
 
 
 @pytest.fixture

@@ -122,11 +122,11 @@ def test_tuning_reports_the_table_that_later_stages_use(stage, monkeypatch, tmp_
         key = tuned.key(APPLY, View(1, 99, len(asked), True), torch.bfloat16)
         return tuned.save(name, {key: first if len(asked) == 1 else other})
 
-    monkeypatch.setattr(stage.tuning, "tune", tune)
+    monkeypatch.setattr(stage.kernels, "tune_shapes", tune)
     report = SimpleNamespace(data={}, save=lambda: None)
     run = Imaginary([100.0] * 9 + [1.0])
     (problem,) = stage.tune(run, report)
-    assert problem.startswith("time for 3 of 48 shapes") and asked == stage.tuning.shapes_at(256)[:3]
+    assert problem.startswith("time for 3 of 48 shapes") and asked == stage.kernels.shapes_at(256)[:3]
     assert report.data["tuned_table"] == stage.tuned_table(run)
     assert report.data["table"] == json.loads(tuned.path_of(name).read_text())
     assert [key.split("/")[3] for key in report.data["changed"]] == ["2", "3"]

@@ -1,4 +1,4 @@
-"""Tuning where there is no GPU: what the table holds, what is ignored, and which configuration is chosen."""
+"""Tuning the Triton kernels, without a GPU: what the table holds, what is ignored, which configuration is chosen."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from fusedres import tuning
 from fusedres.backends.triton import launch, tuned
 from fusedres.backends.triton.configurations import APPLY, BLOCK_PASSES, PASSES, POOL_APPLY, STATISTICS, Config, default
 from fusedres.backends.triton.view import View
+from fusedres.tuning import kernels
 
 DEVICE = "NVIDIA Imaginary 9000"
 VIEW = View(1, 256 * 56 * 56, 256, True)
@@ -129,7 +129,7 @@ def imaginary_gpu(monkeypatch):
     launches = []
     monkeypatch.setattr(launch, "launch", lambda kernel, *_: launches.append(kernel))
     monkeypatch.setattr(launch, "device_of", lambda device: launch.Device(DEVICE, 90, 132))
-    monkeypatch.setattr(tuning, "_cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(kernels, "_cache_bytes", lambda device: 1 << 20)
 
     def time_ms(calls, device):
         for call in calls:
@@ -137,7 +137,7 @@ def imaginary_gpu(monkeypatch):
         (config,) = launch._forced.values()
         return abs(config.tile - 2048) + config.unroll
 
-    monkeypatch.setattr(tuning, "time_ms", time_ms)
+    monkeypatch.setattr(kernels, "time_ms", time_ms)
     return launches
 
 
@@ -147,7 +147,9 @@ def test_tune_keeps_the_fastest_of_every_pass_and_reports_its_progress(imaginary
     x = torch.empty(256, 256, 56, 56, dtype=torch.bfloat16, device="meta").contiguous(memory_format=torch.channels_last)
     assert launch.Plan.of(APPLY, VIEW, x).config == default(APPLY, 90, 2)
     shapes, stems = [x.shape], [(256, 256, 56, 56)]
-    path = tuning.tune(shapes, stems=stems, device="meta", progress=lambda done, total: seen.append((done, total)))
+    path = kernels.tune_shapes(
+        shapes, stems=stems, device="meta", progress=lambda done, total: seen.append((done, total))
+    )
     assert path == tuned.path_of(DEVICE) and imaginary_gpu
     best = {kind: min(kind.configs, key=lambda c: abs(c.tile - 2048) + c.unroll) for kind in PASSES}
     views = {kind: VIEW if kind is not POOL_APPLY else VIEW._replace(pixels=256 * 28 * 28) for kind in PASSES}
@@ -165,7 +167,7 @@ def test_what_was_found_before_an_interrupt_is_kept(imaginary_gpu) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tuning.tune([(256, 256, 56, 56), (256, 64, 56, 56)], stems=[], device="meta", progress=interrupt)
+        kernels.tune_shapes([(256, 256, 56, 56), (256, 64, 56, 56)], stems=[], device="meta", progress=interrupt)
     tuned._read.clear()
     assert tuned.load(DEVICE).keys() == {tuned.key(kind, VIEW, torch.bfloat16) for kind in BLOCK_PASSES}
 
@@ -174,4 +176,4 @@ def test_tuning_inside_a_capture_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="a CUDA graph's capture can't; tune before"):
-        tuning.tune()
+        kernels.tune_shapes()

@@ -155,6 +155,7 @@ class TrainingConvolution:
         forward: (x, weight, bias, geometry) -> y, all in one dtype.
         backward: (dy, x, weight, geometry, wanted, residual, in_place) -> (dx, dweight, dbias), of which `wanted` says
             which are to be computed. The residual is added to dx; in_place says that its memory may become dx's.
+        measured: the times that choose how a request is computed, in words; None where there are none.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor | None, Geometry], Tensor]
@@ -162,6 +163,7 @@ class TrainingConvolution:
         [Tensor, Tensor, Tensor, Geometry, Sequence[bool], Tensor | None, bool],
         tuple[Tensor | None, Tensor | None, Tensor | None],
     ]
+    measured: Callable[[Request], str | None] = lambda request: None
 
 
 @dataclass(frozen=True, eq=False)

@@ -125,11 +125,12 @@ def winograd_tile(
             return 9 * (tiles + read) / speed
         return (tile + 2) ** 2 * (tiles * (1 + _TRANSFORMS[tile] * (1 / inputs + 1 / outputs)) + read)
 
-    best = min(_tiles(dtype), key=work)
+    best = min(tiles_of(dtype), key=work)
     return best if work(best) <= 0.8 * work(1) else 1
 
 
-def _tiles(dtype: torch.dtype) -> tuple[int, ...]:
+def tiles_of(dtype: torch.dtype) -> tuple[int, ...]:
+    """Winograd's."""
     return (2, 4) if dtype is torch.float32 else (2, 4, 7)
 
 
@@ -157,11 +158,11 @@ def forms(weight: Sequence[int], geometry: Geometry, sizes: Sequence[int], dtype
     if geometry == Geometry(padding=geometry.padding) and kernel == [3, 3] and winograd_is_on():
         height, width = geometry.output_size((3, 3), sizes[2], sizes[3])
         rule = winograd_tile(inputs, outputs, sizes[0], height, width, dtype)
-        tiles = dict.fromkeys((rule, 1, *_tiles(dtype)))
-    return {_form(tile): partial(_pack_for, tile) for tile in tiles}
+        tiles = dict.fromkeys((rule, 1, *tiles_of(dtype)))
+    return {form(tile): partial(_pack_for, tile) for tile in tiles}
 
 
-def _form(tile: int) -> str:
+def form(tile: int) -> str:
     return "direct" if tile == 1 else f"winograd {tile}"
 
 

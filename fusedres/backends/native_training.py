@@ -6,20 +6,25 @@
 
 channels_last, float32 or bfloat16 with sums in float32, the bias always in float32. A tile of 1 is the direct form, of
 2, 4 or 7 Winograd's (see `native_convolution`). The weight is packed in every call, so that it is never out of date.
-In float32 the direct form is left to aten, which comes as close to what the machine can do.
+
+By the rule, counted work chooses; in float32 it leaves the direct form to aten, which comes as close to what the
+machine can do. Times that `fusedres.tune` took choose instead where there are any, for each result by itself. They are
+read once, so that a choice holds for the process; nothing is measured here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedres import times
 from fusedres.backends import Geometry, Request, TrainingConvolution, native_convolution, reference
-from fusedres.backends.native_convolution import instruction_set, winograd_is_on, winograd_tile
+from fusedres.backends.native_convolution import instruction_set, tiles_of, winograd_is_on, winograd_tile
+from fusedres.times import Times
 
 _KERNEL = (3, 3)
 _LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
@@ -76,15 +81,119 @@ class Tiles(NamedTuple):
     of_dweight: int
 
 
+class Problem(NamedTuple):
+    """One result of a training step's convolution."""
+
+    result: str  # "y", "dx", "dx+add" where a residual is added to it, "dweight"
+    sizes: tuple[int, ...]  # x's
+    weight_sizes: tuple[int, ...]
+    geometry: Geometry
+    dtype: torch.dtype
+
+    @property
+    def entry(self) -> str:
+        """What a time is for."""
+        result, sizes, weight_sizes, (*windows, groups), dtype = self
+        lists = "/".join("x".join(map(str, values)) for values in (sizes, weight_sizes, *windows))
+        return f"{result}/{times.where('cpu')}/{str(dtype).removeprefix('torch.')}/{lists}/{groups}"
+
+
+RESULTS = ("y", "dx", "dx+add", "dweight")
+# What `tune` collects: the problems that come up, each with the weight's strides.
+collected: dict[Problem, tuple[int, ...]] | None = None
+
+
 def tiles(
-    sizes: Sequence[int], weight_sizes: Sequence[int], geometry: Geometry, dtype: torch.dtype = torch.float32
+    sizes: Sequence[int],
+    weight_sizes: Sequence[int],
+    geometry: Geometry,
+    dtype: torch.dtype = torch.float32,
+    *,
+    joins: bool = False,
 ) -> Tiles:
-    """By the work that it takes, counted."""
-    return _tiles(tuple(sizes), tuple(weight_sizes), geometry, dtype, winograd_is_on())
+    """By measured times, or by the rule.
+
+    Args:
+        joins: whether a residual is added to dx.
+    """
+    return _tiles(tuple(sizes), tuple(weight_sizes), geometry, dtype, joins, winograd_is_on(), times.threads())
 
 
 @lru_cache(maxsize=4096)  # that of a step's convolutions, which are asked for twice in each
 def _tiles(
+    sizes: tuple[int, ...],
+    weight_sizes: tuple[int, ...],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    joins: bool,
+    winograd: bool,
+    threads: int,
+) -> Tiles:
+    results = "y", "dx+add" if joins else "dx", "dweight"
+    return Tiles(*(choose(Problem(result, sizes, weight_sizes, geometry, dtype))[0] for result in results))
+
+
+def choose(problem: Problem) -> tuple[int, Times]:
+    """The tile that computes it, and the times that named it, if any did."""
+    ways = candidates(problem)
+    found = times.known("cpu", problem.entry) if len(ways) > 1 and times.are_used() else {}
+    name = times.fastest([*ways], found)
+    if name is None:
+        return next(iter(ways.values())), {}
+    return ways[name], {name: found[name] for name in ways}
+
+
+def candidates(problem: Problem) -> dict[str, int]:
+    """The tiles that may compute it by name, first the one that the rule names."""
+    counted = _counted(problem.sizes, problem.weight_sizes, problem.geometry, problem.dtype, winograd_is_on())
+    which = ("y", "dx", "dweight").index(problem.result.partition("+")[0])
+    tiles = _by_rule(counted, problem.dtype)[which], 0, *_own(problem, counted[which])
+    return {name_of(tile): tile for tile in dict.fromkeys(tiles)}
+
+
+def name_of(tile: int) -> str:
+    return "aten" if tile == 0 else native_convolution.form(tile)
+
+
+def _own(problem: Problem, counted: int) -> Iterator[int]:
+    """The tiles that there are kernels for, and that are accurate enough."""
+    result, sizes, weight_sizes, geometry, dtype = problem
+    kernel = weight_sizes[2:]
+    if dtype is torch.float32:  # of few terms, and direct, sums lose up to ten times as much as aten's
+        yield from (tile for tile in tiles_of(dtype) if tile <= counted)
+        return
+    if geometry.groups > 1 or (result.startswith("dx") and not _has_dx(kernel, geometry)):
+        return
+    yield 1
+    if winograd_is_on() and _has_winograd(kernel, geometry):
+        rows, columns = geometry.output_size(_KERNEL, *sizes[2:])
+        enough = result != "dweight" or _are_enough(sizes[0], rows, columns)
+        yield from (tile for tile in tiles_of(dtype) if tile != 4 or enough)
+
+
+def _are_enough(images: int, rows: int, columns: int) -> bool:
+    """Whether there are as many tiles of 4 as a gradient of weights needs."""
+    return images * -(-rows // 4) * -(-columns // 4) >= _FEWEST_TILES
+
+
+def _has_winograd(kernel: Sequence[int], geometry: Geometry) -> bool:
+    return tuple(kernel) == _KERNEL and geometry == Geometry(padding=geometry.padding)
+
+
+def _has_dx(kernel: Sequence[int], geometry: Geometry) -> bool:
+    return geometry.stride == (1, 1) and min(_turned(kernel, geometry)) >= 0
+
+
+def forget() -> None:
+    """Choose anew, of what the table holds now."""
+    _tiles.cache_clear()
+
+
+def _by_rule(counted: Tiles, dtype: torch.dtype) -> Tiles:
+    return Tiles(0, 0, 0) if dtype is torch.float32 and min(counted) <= 1 else counted
+
+
+def _counted(
     sizes: tuple[int, ...], weight_sizes: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, winograd: bool
 ) -> Tiles:
     images, inputs, height, width = sizes
@@ -92,19 +201,18 @@ def _tiles(
     if geometry.groups > 1:
         return Tiles(0, 0, 0)
     of_y = of_dx = of_dweight = 1
-    if winograd and tuple(kernel) == _KERNEL and geometry == Geometry(padding=geometry.padding):
+    if winograd and _has_winograd(kernel, geometry):
         rows, columns = geometry.output_size(_KERNEL, height, width)
         of_y = winograd_tile(inputs, outputs, images, rows, columns, dtype, read=_FRESH_READ)
         of_dx = winograd_tile(outputs, inputs, images, height, width, dtype, read=_FRESH_READ)
         of_dweight = winograd_tile(inputs, outputs, images, rows, columns, dtype)
-        if of_dweight == 4 and images * -(-rows // 4) * -(-columns // 4) < _FEWEST_TILES:
+        if of_dweight == 4 and not _are_enough(images, rows, columns):
             of_dweight = 2
-    if geometry.stride != (1, 1) or min(_turned(kernel, geometry)) < 0:
+    if not _has_dx(kernel, geometry):
         of_dx = 0
     if dtype is not torch.float32 and instruction_set(dtype) == "amx":
         of_dweight = 0  # aten has it on the tile unit
-    found = Tiles(of_y, of_dx, of_dweight)
-    return Tiles(0, 0, 0) if dtype is torch.float32 and min(found) <= 1 else found
+    return Tiles(of_y, of_dx, of_dweight)
 
 
 def _turned(kernel: Sequence[int], geometry: Geometry) -> tuple[int, int]:
@@ -114,11 +222,18 @@ def _turned(kernel: Sequence[int], geometry: Geometry) -> tuple[int, int]:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    tile = tiles(x.shape, weight.shape, geometry, x.dtype).of_y
-    if not tile or not reference.is_rows(x):
+    of_y = tiles(x.shape, weight.shape, geometry, x.dtype).of_y if reference.is_rows(x) else 0
+    if collected is not None:
+        _collect("y", x, weight, geometry)
+    return compute(x, weight, bias, geometry, of_y)
+
+
+def compute(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, of_y: int) -> Tensor:
+    """`forward` with a tile."""
+    if not of_y:
         return reference.conv_forward(x, weight, bias, geometry)
     bias = None if bias is None else bias.float().contiguous()
-    return torch.ops.fusedres_native.conv(x, weight, bias, None, *geometry[:3], tile, False)
+    return torch.ops.fusedres_native.conv(x, weight, bias, None, *geometry[:3], of_y, False)
 
 
 def backward(
@@ -130,9 +245,33 @@ def backward(
     residual: Tensor | None,
     in_place: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    _, of_dx, of_dweight = tiles(x.shape, weight.shape, geometry, x.dtype)
+    joins, operands = residual is not None, (dy, x, weight, geometry, wanted, residual, in_place)
     if not reference.is_rows(dy, x, dy if residual is None else residual):
-        of_dx = of_dweight = 0
+        return differentiate(*operands, 0, 0)
+    if collected is not None:
+        _collect("dx+add" if joins else "dx", x, weight, geometry, wanted[0])
+        _collect("dweight", x, weight, geometry, wanted[1])
+    return differentiate(*operands, *tiles(x.shape, weight.shape, geometry, x.dtype, joins=joins)[1:])
+
+
+def _collect(result: str, x: Tensor, weight: Tensor, geometry: Geometry, wanted: bool = True) -> None:
+    problem = Problem(result, tuple(x.shape), tuple(weight.shape), geometry, x.dtype)
+    if collected is not None and wanted and len(candidates(problem)) > 1 and reference.is_rows(x):
+        collected.setdefault(problem, weight.stride())
+
+
+def differentiate(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    wanted: Sequence[bool],
+    residual: Tensor | None,
+    in_place: bool,
+    of_dx: int,
+    of_dweight: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`backward` with two tiles."""
     dx = dweight = None
     if wanted[0] and of_dx:
         dx = _dx(dy, weight, geometry, of_dx, residual, in_place)
@@ -158,16 +297,43 @@ def _dx(dy: Tensor, weight: Tensor, geometry: Geometry, tile: int, residual: Ten
     return residual
 
 
-TRAINING_CONVOLUTION = TrainingConvolution(forward, backward)
+def measured(request: Request) -> str | None:
+    """The times that choose for a request, in words."""
+    if _cannot(request) is not None:
+        return None
+    found = [(problem.result, *choose(problem)) for problem in _problems(request)]
+    return "; ".join(f"{result}: {_words(name_of(tile), known)}" for result, tile, known in found if known) or None
+
+
+def _words(chosen: str, known: Times) -> str:
+    """Its time, and that of the fastest other."""
+    other = min((name for name in known if name != chosen), key=known.__getitem__)
+    return times.words(chosen, {name: known[name] for name in (chosen, other)})
+
+
+TRAINING_CONVOLUTION = TrainingConvolution(forward, backward, measured)
 
 
 def objection(request: Request) -> str | None:
     """Why the kernels can't serve a request, or shouldn't, as one sentence."""
+    reason = _cannot(request)
+    if reason is not None or collected is not None or any(choose(problem)[0] for problem in _problems(request)):
+        return reason
+    if measured(request) is not None:
+        return "aten was measured to be as fast"
+    return "aten is as fast where Winograd's form of a convolution doesn't save products"
+
+
+def _cannot(request: Request) -> str | None:
     if request.geometry is None:
         return "it has to know the sizes"
     reason = native_convolution.objection(request)
     if reason is None and request.geometry.groups > 1:
         reason = "its convolutions of a training step have one group"
-    if reason is None and not any(tiles(request.sizes, request.weight_sizes, request.geometry, request.dtype)):
-        reason = "aten is as fast where Winograd's form of a convolution doesn't save products"
     return reason
+
+
+def _problems(request: Request) -> Iterator[Problem]:
+    geometry = request.geometry
+    assert geometry is not None  # `_cannot`
+    yield from (Problem(name, request.sizes, request.weight_sizes, geometry, request.dtype) for name in RESULTS)

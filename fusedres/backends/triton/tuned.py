@@ -56,7 +56,7 @@ def save(device: str, found: Mapping[str, Config]) -> Path:
 
 def _table(device: str) -> Table:
     header = ("format", _FORMAT), ("device", device), ("triton", triton.__version__)
-    return Table(device, header, "tuned configurations", "remove the file, or tune again with fusedres.tuning.tune()")
+    return Table(device, header, "tuned configurations", "remove the file, or tune again with python -m fusedres tune")
 
 
 def _declared(entries: Mapping[str, Any]) -> Mapping[str, Config]:

@@ -1,4 +1,4 @@
-"""Tuning the Triton backend for this GPU: every declared configuration is timed, and the fastest are kept.
+"""Tuning the Triton kernels for this GPU: every declared configuration is timed, and the fastest are kept.
 
 It runs only when it is called. Without it, the configurations that counting bytes in flight suggests are used.
 """
@@ -42,7 +42,7 @@ def shapes_at(batch: int) -> list[tuple[int, ...]]:
     return [(batch, *norm) for norm in NORMS]
 
 
-def tune(
+def tune_shapes(
     shapes: Sequence[tuple[int, ...]] | None = None,
     *,
     stems: Sequence[tuple[int, ...]] | None = None,
