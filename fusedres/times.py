@@ -7,6 +7,7 @@ leave it to the rule alone.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,11 @@ def where(device: str) -> str:
 def known(device: str, entry: str) -> Times:
     """The times of an entry; none where nothing was measured."""
     return _known(table_of(device)).get(entry, {})
+
+
+def digest(device: str) -> str:
+    """Of all times that are known: another one where other choices may be."""
+    return sha256(json.dumps(_known(table_of(device)), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def take(device: str, entry: str, calls: Calls, warm: Sequence[Tensor]) -> Times:

@@ -10,7 +10,7 @@ from test_segment import BUILDS, POLICIES, input_of
 from torch import nn
 
 import fusedres
-from fusedres import dispatch, epilogue
+from fusedres import dispatch, epilogue, times
 from fusedres.backends import Geometry, Norm
 from fusedres.memory import Memory
 from fusedres.ops import kernels
@@ -103,6 +103,38 @@ def test_another_batch_size_costs_one_more_compilation_and_none_afterwards(kerne
     assert [NODE in targets(graph) for graph in graphs] == [True, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_symbolic_batch_size_has_our_convolutions(dtype, native):
+    block = fusedres.BasicBlock(32, 32).to(memory_format=torch.channels_last, dtype=dtype)
+    twin = copy.deepcopy(block)
+    run = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (4, 6):
+        x = sample(batch, 32, 16, 16, dtype=dtype).to(memory_format=torch.channels_last)
+        with torch.profiler.profile() as profile:
+            outcome = observe(run, x, owner=block)
+        operations = {event.key for event in profile.key_averages()}
+        assert {"fusedres_native::conv", "fusedres_native::conv_dweight"} <= operations
+        expected = observe(twin, x).tensors
+        for name, actual in outcome.tensors.items():
+            # Of another size than it was compiled with a convolution may have another of its forms.
+            bound = 0 if batch == 4 else 2 * torch.finfo(dtype).eps * expected[name].abs().max()
+            assert (actual - expected[name]).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sums_that_are_not_finite_stay_where_they_belong(value, native):
+    block = fusedres.BasicBlock(32, 32).to(memory_format=torch.channels_last).eval()
+    x = sample(4, 32, 16, 16, dtype=torch.float32).to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(block)
+    run, outcome, _ = graphs_of(block, x, "aot_eager")
+    assert_same_outcome(outcome, observe(twin, x), exact=True)
+    x[1, 2, 3, 4] = value
+    found = observe(run, x, owner=block)
+    expected = observe(twin, x)
+    assert found.tensors["d conv1.weight"].isfinite().any() and not found.tensors["d conv1.weight"].isfinite().all()
+    assert_same_outcome(found, expected, exact=True)
+
+
 def test_gradients_nobody_asked_for_are_none(kernel_backend):
     fused, _ = BUILDS["basic, projection"]()
     for frozen in (fused.conv1.weight, fused.bn2.weight, fused.shortcut[0].weight):
@@ -135,15 +167,24 @@ def test_where_a_segment_is_not_possible_the_block_is_compiled_op_by_op(kernel_b
 
 def test_what_else_decides_is_part_of_what_compiled_graphs_are_kept_under(native, monkeypatch):
     fused, _ = BUILDS["basic, identity"]()
-    found = []
-    for setting in ("0", "1"):
+
+    def facts():
         torch._dynamo.reset()
-        monkeypatch.setenv("FUSEDRES_WINOGRAD", setting)
         _, _, (graph,) = graphs_of(fused, input_of(fused))
         (node,) = (node for node in graph.graph.nodes if str(node.target) == NODE)
-        found.append(node.args[-1])
-    assert all(f"FUSEDRES_WINOGRAD={setting}" in facts for setting, facts in zip("01", found, strict=True))
-    assert found[0].split()[1].startswith("native-")
+        return node.args[-1]
+
+    found = [facts(), facts()]
+    assert found[0] == found[1]
+    assert found[0].startswith(fusedres.__version__) and " native-" in found[0]
+    monkeypatch.setenv("FUSEDRES_WINOGRAD", "0")
+    found.append(facts())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    found.append(facts())
+    table = times.table_of("cpu")
+    monkeypatch.setitem(times._read, table.path, {"an entry": {"aten": 1.0}})
+    found.append(facts())
+    assert len(set(found)) == 4
 
 
 @pytest.mark.parametrize("projects", [False, True])

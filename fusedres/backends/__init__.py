@@ -59,6 +59,11 @@ class Window(NamedTuple):
         return rows, columns
 
 
+def concrete(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The sizes; one that is symbolic as it was when torch.compile met it: enough to choose by, no more."""
+    return tuple(size if type(size) is int else size.node.hint for size in sizes)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class Geometry(NamedTuple):
     """How a convolution's windows lie, rows before columns; padding is with zeros, on both sides."""
 

@@ -3,6 +3,7 @@
     conv(x, weight, bias, residual, ..., tile, transposed) -> y, or dx of dy where it is transposed
     conv_(x, weight, residual, ..., tile, transposed): written over the residual
     conv_dweight(dy, x, kernel, ..., tile) -> dweight in float32; of a tile over 1 empty where a sum is not finite
+    dweight(dy, x, kernel, ..., tile): the same, and aten's there; written in Python, for torch.compile
 
 channels_last, float32 or bfloat16 with sums in float32, the bias always in float32. A tile of 1 is the direct form, of
 2, 4 or 7 Winograd's (see `native_convolution`). The weight is packed in every call, so that it is never out of date.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fusedres import times
-from fusedres.backends import Geometry, Request, TrainingConvolution, native_convolution, reference
+from fusedres.backends import Geometry, Request, TrainingConvolution, concrete, native_convolution, reference
 from fusedres.backends.native_convolution import instruction_set, tiles_of, winograd_is_on, winograd_tile
 from fusedres.times import Times
 
@@ -32,6 +33,7 @@ _WINDOWS = "int[2] stride, int[2] padding, int[2] dilation, int tile"
 _LIBRARY.define(f"conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, {_WINDOWS}, bool transposed) -> Tensor")
 _LIBRARY.define(f"conv_(Tensor x, Tensor weight, Tensor(a!) residual, {_WINDOWS}, bool transposed) -> ()")
 _LIBRARY.define(f"conv_dweight(Tensor dy, Tensor x, int[2] kernel, {_WINDOWS}) -> Tensor")
+_LIBRARY.define(f"dweight(Tensor dy, Tensor x, int[2] kernel, {_WINDOWS}) -> Tensor")
 
 
 def _fake_conv(
@@ -64,6 +66,7 @@ for _name, _fake in (
     ("conv", _fake_conv),
     ("conv_", _fake_conv_in_place),
     ("conv_dweight", _fake_dweight),
+    ("dweight", _fake_dweight),
 ):
     torch.library.register_fake(f"fusedres_native::{_name}", _fake, lib=_LIBRARY)
 
@@ -116,7 +119,11 @@ def tiles(
     Args:
         joins: whether a residual is added to dx.
     """
-    return _tiles(tuple(sizes), tuple(weight_sizes), geometry, dtype, joins, winograd_is_on(), times.threads())
+    settings = geometry, dtype, joins, winograd_is_on(), times.threads()
+    try:
+        return _tiles(tuple(sizes), tuple(weight_sizes), *settings)
+    except TypeError:  # a symbolic size has no hash
+        return _tiles(concrete(sizes), concrete(weight_sizes), *settings)
 
 
 @lru_cache(maxsize=4096)  # that of a step's convolutions, which are asked for twice in each
@@ -276,9 +283,8 @@ def differentiate(
     if wanted[0] and of_dx:
         dx = _dx(dy, weight, geometry, of_dx, residual, in_place)
     if wanted[1] and of_dweight:
-        # Infinity and NaN spread over Winograd's tiles; aten has them where they belong.
-        found = torch.ops.fusedres_native.conv_dweight(dy, x, weight.shape[2:], *geometry[:3], of_dweight)
-        dweight = found if found.numel() else None
+        compute = torch.ops.fusedres_native.dweight if torch.compiler.is_compiling() else _dweight
+        dweight = compute(dy, x, weight.shape[2:], *geometry[:3], of_dweight)
     own = dx, dweight, None
     rest = [asked and found is None for asked, found in zip(wanted, own, strict=True)]
     if not any(rest):
@@ -286,6 +292,29 @@ def differentiate(
     others = reference.conv_backward(dy, x, weight, geometry, rest, residual if rest[0] else None, in_place)
     dx, dweight, dbias = (theirs if left else ours for ours, theirs, left in zip(own, others, rest, strict=True))
     return dx, dweight, dbias
+
+
+def _dweight(
+    dy: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    tile: int,
+) -> Tensor:
+    found = torch.ops.fusedres_native.conv_dweight(dy, x, kernel, stride, padding, dilation, tile)
+    if found.numel():
+        return found
+    # Infinity and NaN spread over Winograd's tiles; aten has them where they belong.
+    weight = dy.new_empty((dy.shape[1], x.shape[1], *kernel))
+    geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
+    _, dweight, _ = reference.conv_backward(dy, x, weight, geometry, (False, True, False), None, False)
+    assert dweight is not None  # it was wanted
+    return dweight.to(torch.float32, memory_format=torch.channels_last)
+
+
+_LIBRARY.impl("dweight", _dweight, "CPU")
 
 
 def _dx(dy: Tensor, weight: Tensor, geometry: Geometry, tile: int, residual: Tensor | None, in_place: bool) -> Tensor:

@@ -23,7 +23,7 @@ from fusedres.ops import kernels
 from fusedres.segment import operator
 from fusedres.segment.function import SegmentFunction, SyncSegmentFunction, apply
 from fusedres.segment.plan import Plan, Step, convolved
-from fusedres.segment.requests import computing_dtype, describe, requests_of
+from fusedres.segment.requests import computing_dtype, norms_of, requests_of
 from fusedres.synchronised import Synchronised, are_joint, group_of
 
 
@@ -78,14 +78,16 @@ def run(x: Tensor, links: Sequence[Link], end: End | None, memory: Memory) -> Te
     if len(every) > len(links) and not are_joint(links[-1].act, *groups[-2:]):
         return None
     compiling = torch.compiler.is_compiling()
-    requests = (describe if compiling else requests_of)(x, shortcut, dtype, steps, len(links))
-    if requests is None or any(dispatch.serving(request).plain for request in requests.norms):
+    operands = x, shortcut, dtype, steps, len(links)
+    requests = None if compiling else requests_of(*operands)
+    norms = norms_of(*operands) if compiling else requests and requests.norms
+    if norms is None or any(dispatch.serving(request).plain for request in norms):
         return None
-    backends = [dispatch.choose(request) for request in requests.norms]
+    backends = [dispatch.choose(request) for request in norms]
     operators = [_operators(backend, group) for backend, group in zip(backends, groups, strict=False)]
     for link in every:
         count_batch(link.norm)
-    if not compiling:
+    if requests is not None:
         steps = convolved(steps, requests.convolutions)
     projection = steps.pop() if len(every) > len(links) else None
     plan = Plan(steps, operators, end is not None, projection, dtype, memory)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres import build, dispatch
+from fusedres import build, dispatch, times
 from fusedres._version import __version__
 from fusedres.backends import Geometry, Norm
 from fusedres.epilogue import CATALOGUE
@@ -54,10 +54,14 @@ def arguments_of(plan: Plan, x: Tensor, shortcut: Tensor | None) -> tuple[Any, .
 def _facts() -> str:
     """What else decides how a segment is computed. AOTAutograd keeps compiled graphs under their text, on disk too:
     one with another library's operators, or made under other settings, must not be found again."""
-    settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("FUSEDRES_"))
+    found = [
+        __version__,
+        *sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("FUSEDRES_")),
+    ]
     library = build.resolved(NATIVE)
-    found = library.path.parent.name if isinstance(library, build.Library) else "none"
-    return " ".join([__version__, found, *settings])
+    if isinstance(library, build.Library):
+        found += [library.path.parent.name, times.where("cpu"), times.digest("cpu")]
+    return " ".join(found)
 
 
 # What torch.compiler.assume_constant_result does, which would import the whole of torch._dynamo.
@@ -88,9 +92,8 @@ def _segment(
         assert weight is not None  # of the list's type alone
         steps.append(Step(weight, bias, Geometry(stride, padding, dilation, groups), norm, CATALOGUE[code]))
     length = len(steps) - projects
-    if all(type(size) is int for t in (x, shortcut) if t is not None for size in t.shape):
-        residual = x if shortcut is None and joins else shortcut
-        steps = convolved(steps, convolutions_of(x, residual, dtype, steps, length))
+    source = x if shortcut is None else shortcut
+    steps = convolved(steps, convolutions_of(x, source, dtype, steps, length))
     operators = [kernels.of(dispatch.backend(name), "bn_act") for name in backends]
     projection = steps[-1] if projects else None
     return apply(Plan(steps[:length], operators, joins, projection, dtype, Memory(memory)), x, shortcut)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedres import dispatch
-from fusedres.backends import Request
+from fusedres.backends import Request, concrete
 from fusedres.epilogue import IDENTITY
 from fusedres.ops import contract
 from fusedres.ops.bn_act import statistics_of
@@ -47,7 +47,11 @@ def requests_of(
     except KeyError:
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
-        _known[key] = describe(x, shortcut, dtype, steps, length)
+        norms = norms_of(x, shortcut, dtype, steps, length)
+        if norms is None:
+            _known[key] = None
+        else:
+            _known[key] = Requests(norms, convolutions_of(x, shortcut, dtype, steps, length))
         return _known[key]
 
 
@@ -61,17 +65,18 @@ def _kind_of_step(step: Step) -> Any:
     return (_kind(weight), _kind(bias), geometry, act.code, norm.training, norm.eps > 0, *members)
 
 
-def describe(x: Tensor, shortcut: Tensor | None, dtype: torch.dtype, steps: list[Step], length: int) -> Requests | None:
-    """The same, found anew: what torch.compile traces, so that it guards on what is read."""
+def norms_of(
+    x: Tensor, shortcut: Tensor | None, dtype: torch.dtype, steps: list[Step], length: int
+) -> list[Request] | None:
+    """Of the chain, found anew: torch.compile traces it, and guards on what it reads."""
     chain, projection = steps[:length], steps[length:]
     shapes = _shapes(x, dtype, chain)
     if shapes is None:
         return None
     layout = dispatch.layout(x)
     norms = [_request(x, dtype, layout, step) for step in chain]
-    convolutions = convolutions_of(x, shortcut, dtype, steps, length)
     if shortcut is None:
-        return Requests(norms, convolutions)
+        return norms
     if type(shortcut) is not Tensor:
         return None
     added, residual = [shortcut.shape], (shortcut.dtype, dispatch.layout(shortcut))
@@ -81,19 +86,19 @@ def describe(x: Tensor, shortcut: Tensor | None, dtype: torch.dtype, steps: list
     if added is None or added[-1] != shapes[-1] or residual[0] != dtype:
         return None
     norms[-1] = _request(x, dtype, layout, chain[-1], *residual, *projection)
-    return Requests(norms, convolutions)
+    return norms
 
 
 def convolutions_of(
     x: Tensor, shortcut: Tensor | None, dtype: torch.dtype, steps: list[Step], length: int
 ) -> list[Request]:
     """Of the chain, then of the projection."""
-    found, sizes = [], tuple(x.shape)
+    found, sizes = [], concrete(x.shape)
     for step in steps[:length]:
         found.append(_convolution(x, dtype, sizes, step))
         sizes = step.output_sizes(sizes)
     if shortcut is not None:
-        found += [_convolution(shortcut, dtype, tuple(shortcut.shape), step) for step in steps[length:]]
+        found += [_convolution(shortcut, dtype, concrete(shortcut.shape), step) for step in steps[length:]]
     return found
 
 
