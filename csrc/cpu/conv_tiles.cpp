@@ -57,42 +57,25 @@ FUSEDRES_INLINE int64_t stride_bytes(const BFloat16* const* begin) {
   return reinterpret_cast<intptr_t>(begin[1]) - reinterpret_cast<intptr_t>(begin[0]);
 }
 
-// The sums of kRowTiles * 16 rows. Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights.
+// The sums of kRowTiles * 16 rows.
 template <int kRowTiles, int kColumnTiles>
 void multiply(const ConvRows<BFloat16>& from, const BFloat16* weights, Sums& sums, Pending& before) {
+  using Tiles = TileSums<kRowTiles, kColumnTiles>;
   constexpr int64_t kWeightBytes = kColumnTiles * 64;  // from one pair of inputs to the next one
-  tile_zero<0>();
-  if (kColumnTiles > 1) tile_zero<1>();
-  if (kRowTiles > 1) tile_zero<2>();
-  if (kRowTiles > 1 && kColumnTiles > 1) tile_zero<3>();
+  Tiles::zero();
   const int64_t each = ceil_div(before.left(), from.taps * from.run / kTileInputs);
   for (int64_t tap = 0; tap < from.taps; ++tap) {
     const BFloat16* const* const rows = from.begin + tap * from.pitch;
-    const BFloat16 *const x = rows[0] + from.offset, *const lower =
-                                                         rows[(kRowTiles - 1) * kTileRows] + from.offset;
-    const int64_t stride = stride_bytes(rows),
-                  lower_stride = stride_bytes(rows + (kRowTiles - 1) * kTileRows);
+    const BFloat16* const* const lower = rows + (kRowTiles - 1) * kTileRows;
+    const BFloat16 *const x = rows[0] + from.offset, *const lower_x = lower[0] + from.offset;
+    const int64_t stride = stride_bytes(rows), lower_stride = stride_bytes(lower);
     for (int64_t k = 0; k < from.run; k += kTileInputs, weights += kWeightBytes * kTileRows / 2) {
-      tile_load<4>(x + k, stride);
-      tile_load<6>(weights, kWeightBytes);
-      tile_product<0, 4, 6>();
-      if (kColumnTiles > 1) {
-        tile_load<7>(weights + 32, kWeightBytes);
-        tile_product<1, 4, 7>();
-      }
-      if (kRowTiles > 1) {
-        tile_load<5>(lower + k, lower_stride);
-        tile_product<2, 5, 6>();
-        if (kColumnTiles > 1) tile_product<3, 5, 7>();
-      }
+      Tiles::add(x + k, stride, lower_x + k, lower_stride, weights, kWeightBytes);
       before.finish(each);
     }
   }
   before.finish(before.left());
-  tile_store<0>(&sums.rows[0][0], kSumBytes);
-  if (kColumnTiles > 1) tile_store<1>(&sums.rows[0][16], kSumBytes);
-  if (kRowTiles > 1) tile_store<2>(&sums.rows[16][0], kSumBytes);
-  if (kRowTiles > 1 && kColumnTiles > 1) tile_store<3>(&sums.rows[16][16], kSumBytes);
+  Tiles::store(&sums.rows[0][0], kSumBytes);
 }
 
 template <int kColumnTiles>

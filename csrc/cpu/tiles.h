@@ -93,4 +93,41 @@ FUSEDRES_INLINE void tile_release() { asm volatile("tilerelease"); }
 
 #endif
 
+// The sums of up to 2 x 2 tiles in registers 0 to 3; rows pass through 4 and 5, weights through 6 and 7.
+template <int kRowTiles, int kColumnTiles>
+struct TileSums {
+  static FUSEDRES_INLINE void zero() {
+    tile_zero<0>();
+    if (kColumnTiles > 1) tile_zero<1>();
+    if (kRowTiles > 1) tile_zero<2>();
+    if (kRowTiles > 1 && kColumnTiles > 1) tile_zero<3>();
+  }
+
+  // `lower` is where the second 16 rows begin; a second tile of weights stands beside the first one.
+  static FUSEDRES_INLINE void add(const BFloat16* rows, int64_t stride, const BFloat16* lower,
+                                  int64_t lower_stride, const BFloat16* weights, int64_t weight_stride) {
+    tile_load<4>(rows, stride);
+    tile_load<6>(weights, weight_stride);
+    tile_product<0, 4, 6>();
+    if (kColumnTiles > 1) {
+      tile_load<7>(weights + kTileInputs, weight_stride);
+      tile_product<1, 4, 7>();
+    }
+    if (kRowTiles > 1) {
+      tile_load<5>(lower, lower_stride);
+      tile_product<2, 5, 6>();
+      if (kColumnTiles > 1) tile_product<3, 5, 7>();
+    }
+  }
+
+  // To rows of 32, the next one `stride` bytes on.
+  static FUSEDRES_INLINE void store(float* to, int64_t stride) {
+    float* const lower = to + kTileRows * stride / int64_t{sizeof(float)};
+    tile_store<0>(to, stride);
+    if (kColumnTiles > 1) tile_store<1>(to + 16, stride);
+    if (kRowTiles > 1) tile_store<2>(lower, stride);
+    if (kRowTiles > 1 && kColumnTiles > 1) tile_store<3>(lower + 16, stride);
+  }
+};
+
 }  // namespace fusedres::FUSEDRES_ISA
