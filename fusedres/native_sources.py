@@ -59,7 +59,7 @@ _X86_VARIANTS = {
     "avx512_bf16": (*_AVX512_FLAGS, "-mavx512bf16"),
 }
 # Its instructions are in assembly; what they don't do, and all other kernels, are avx512_bf16's.
-TILE_KERNELS = ("cpu/conv_act.cpp", "cpu/conv_tiles.cpp")
+TILE_KERNELS = ("cpu/conv_act.cpp", "cpu/conv_tiles.cpp", "cpu/conv_dweight_tiles.cpp")
 TILE_VARIANTS = {"amx": ("-DFUSEDRES_TILES", "-DFUSEDRES_BESIDE_TILES=avx512_bf16", *_X86_VARIANTS["avx512_bf16"])}
 # -O2: without vector instructions unrolling makes the code long and not faster.
 _IS_X86 = platform.machine() in ("x86_64", "AMD64")
@@ -75,12 +75,8 @@ PLAIN = ("cpu/arena.cpp", "cpu/conv_pack.cpp", "cpu/facts.cpp", "cpu/isa.cpp")
 
 # These include torch's headers, those of the stable ABI: every library's, and the CPU library's alone.
 BINDINGS = ("bindings/operands.cpp", "bindings/tensors.cpp")
-CPU_BINDINGS = (
-    "bindings/bn_act_pool.cpp",
-    "bindings/conv_dweight.cpp",
-    "bindings/conv_training.cpp",
-    "bindings/cpu.cpp",
-)
+CPU_BINDINGS = ("bindings/bn_act_pool.cpp", "bindings/cpu.cpp")
+CONVOLUTIONS = ("bindings/conv_act.cpp", "bindings/conv_dweight.cpp", "bindings/conv_training.cpp")
 
 CUDA_FLAGS = ("-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra")
 
@@ -99,9 +95,9 @@ def operators(namespace: str, key: str) -> Source:
     return Source("bindings/ops.cpp", (f"-DFUSEDRES_NAMESPACE={namespace}", f"-DFUSEDRES_KEY={key}"))
 
 
-def convolutions(namespace: str) -> Source:
-    """The file that registers the convolutions of a CPU library."""
-    return Source("bindings/conv_act.cpp", (f"-DFUSEDRES_NAMESPACE={namespace}",))
+def convolutions(namespace: str) -> tuple[Source, ...]:
+    """The files that register the convolutions of a CPU library."""
+    return tuple(Source(path, (f"-DFUSEDRES_NAMESPACE={namespace}",)) for path in CONVOLUTIONS)
 
 
 def _native() -> tuple[Source, ...]:
@@ -115,7 +111,7 @@ def _native() -> tuple[Source, ...]:
         *kernels,
         *(Source(path) for path in (*PLAIN, *BINDINGS, *CPU_BINDINGS)),
         operators("fusedres_native", "CPU"),
-        convolutions("fusedres_native"),
+        *convolutions("fusedres_native"),
     )
 
 

@@ -16,46 +16,16 @@ from pathlib import Path
 
 import pytest
 import test_native_convolution as convolutions
+import tile_target
 import torch
 
-from fusedres import build, compiler
-from fusedres.backends.native_convolution import SCHEMAS
+from fusedres import compiler
 from fusedres.epilogue import CATALOGUE
-from fusedres.native_sources import (
-    BINDINGS,
-    COMMON_FLAGS,
-    CSRC,
-    TILE_KERNELS,
-    TILE_VARIANTS,
-    VARIANTS,
-)
-from fusedres.native_sources import (
-    convolutions as bindings,
-)
-from fusedres.target import Source, Target
+from fusedres.native_sources import COMMON_FLAGS, CSRC, TILE_VARIANTS, VARIANTS
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="the emulation needs Linux and g++"
 )
-
-_PORTABLE = ("cpu/conv_act.cpp", "cpu/conv_block.cpp", "cpu/conv_winograd.cpp")
-_EMULATED = ("-DFUSEDRES_ISA=amx", "-DFUSEDRES_TILES", "-DFUSEDRES_EMULATED_TILES", "-DFUSEDRES_BESIDE_TILES=portable")
-TARGET = Target(
-    "tiles",
-    CSRC,
-    (
-        *(Source(path, _EMULATED, "emulated") for path in TILE_KERNELS),
-        *(Source(path, ("-DFUSEDRES_ISA=portable",), "portable") for path in _PORTABLE),
-        *map(Source, ("cpu/conv_pack.cpp", "cpu/arena.cpp", *BINDINGS, "../tests/tiles/library.cpp")),
-        bindings("fusedres_tiles"),
-    ),
-    flags=(*COMMON_FLAGS, "-O2"),
-    # -Bsymbolic: what another loaded library calls by the same name is not this one's.
-    link_flags=("-Wl,-Bsymbolic",),
-)
-_LIBRARY = torch.library.Library("fusedres_tiles", "FRAGMENT")
-for _schema in SCHEMAS:
-    _LIBRARY.define(_schema)
 
 Shape = convolutions.Shape
 SHAPES = (
@@ -70,9 +40,8 @@ SHAPES = (
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = build.library(TARGET)
-    assert isinstance(found, build.Library), found.reason
-    monkeypatch.setattr(convolutions, "operators", lambda: torch.ops.fusedres_tiles)
+    operators = tile_target.operators()
+    monkeypatch.setattr(convolutions, "operators", lambda: operators)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=repr)
@@ -103,12 +72,12 @@ def test_winograds_form_is_left_to_the_vector_unit():
 
 
 @cache
-def instructions(folder: Path) -> list[str]:
-    """What the tile unit is told in conv_tiles.cpp, compiled as the library has it."""
-    output = folder / "conv_tiles.o"
+def instructions(folder: Path, source: str) -> list[str]:
+    """What the tile unit is told in a file, compiled as the library has it."""
+    output = folder / f"{source}.o"
     (variant, flags), *_ = TILE_VARIANTS.items()
     argv = (*compiler.find().argv, f"-I{CSRC}", *COMMON_FLAGS, f"-DFUSEDRES_ISA={variant}", *flags)
-    subprocess.run((*argv, "-c", str(CSRC / "cpu/conv_tiles.cpp"), "-o", str(output)), check=True)
+    subprocess.run((*argv, "-c", str(CSRC / f"cpu/{source}.cpp"), "-o", str(output)), check=True)
     printed = subprocess.run(
         ("objdump", "-d", "--no-show-raw-insn", str(output)), check=True, capture_output=True, text=True
     ).stdout
@@ -117,8 +86,9 @@ def instructions(folder: Path) -> list[str]:
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 @pytest.mark.skipif("amx" not in VARIANTS, reason="x86-64 alone has the unit")
-def test_the_library_has_the_units_instructions(tmp_path_factory):
-    found = instructions(tmp_path_factory.mktemp("tiles"))
+@pytest.mark.parametrize("source", ["conv_tiles", "conv_dweight_tiles"])
+def test_the_library_has_the_units_instructions(tmp_path_factory, source):
+    found = instructions(tmp_path_factory.mktemp("tiles"), source)
     # 2 x 2, 2 x 1, 1 x 2 and 1 x 1 tiles of sums: rows in 4 and 5, weights in 6 and 7, in AT&T's order.
     products = [line.split()[1] for line in found if line.startswith("tdpbf16ps")]
     assert set(products) == {f"%tmm{w},%tmm{x},%tmm{2 * (x - 4) + w - 6}" for x in (4, 5) for w in (6, 7)}

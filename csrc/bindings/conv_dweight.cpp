@@ -61,6 +61,6 @@ Tensor conv_dweight(const Tensor& dy, const Tensor& x, const std::vector<int64_t
 }  // namespace
 }  // namespace fusedres
 
-STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FUSEDRES_NAMESPACE, CPU, m) {
   m.impl("conv_dweight", TORCH_BOX(&fusedres::conv_dweight));
 }

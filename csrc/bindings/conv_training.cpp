@@ -117,7 +117,7 @@ void conv_(const Tensor& x, const Tensor& weight, const Tensor& residual, const 
 }  // namespace
 }  // namespace fusedres
 
-STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FUSEDRES_NAMESPACE, CPU, m) {
   m.impl("conv", TORCH_BOX(&fusedres::conv));
   m.impl("conv_", TORCH_BOX(&fusedres::conv_));
 }

@@ -44,6 +44,7 @@ bool has_tiles() {
 
 #define FUSEDRES_TRAINING(isa) isa::conv_repack, isa::conv_dweight
 #define FUSEDRES_NO_REPACK(isa) nullptr, isa::conv_dweight
+#define FUSEDRES_TILE_TRAINING(isa) nullptr, amx::conv_dweight
 
 const Variant kVariants[] = {
     FUSEDRES_VARIANT(
@@ -69,7 +70,7 @@ const Variant kVariants[] = {
         [] { return kVariants[2].supported() && __builtin_cpu_supports("avx512bf16"); },
         [](DType dtype) { return dtype == DType::kBFloat16; }),
     FUSEDRES_VARIANT(
-        "amx", avx512_bf16, amx::conv_act, FUSEDRES_NO_REPACK,
+        "amx", avx512_bf16, amx::conv_act, FUSEDRES_TILE_TRAINING,
         [] { return kVariants[3].supported() && has_tiles(); },
         [](DType dtype) { return dtype == DType::kBFloat16; }),
 #endif
@@ -78,6 +79,7 @@ constexpr int kCount = sizeof kVariants / sizeof kVariants[0];
 #undef FUSEDRES_VARIANT
 #undef FUSEDRES_TRAINING
 #undef FUSEDRES_NO_REPACK
+#undef FUSEDRES_TILE_TRAINING
 
 // The index of the variant that FUSEDRES_CPU_ISA names, the last one if it is unset.
 int find_cap() {

@@ -28,7 +28,8 @@ FUSEDRES_DECLARE_VARIANT(avx512_bf16)
 // The tile unit has convolutions alone.
 namespace fusedres::amx {
 void conv_act(const ConvAct& op);
-}
+bool conv_dweight(const ConvDweight& op);
+}  // namespace fusedres::amx
 
 namespace fusedres {
 

@@ -15,6 +15,8 @@ const Variant& variant_for(DType) {
   static const Variant variant = [] {
     Variant emulated{};
     emulated.conv_act = amx::conv_act;
+    emulated.conv_repack = portable::conv_repack;
+    emulated.conv_dweight = amx::conv_dweight;
     return emulated;
   }();
   return variant;

@@ -1,0 +1,209 @@
+// The operands of conv_dweight on the tile unit, in slices of 32 channels:
+//
+//   (steps, pairs of a step, panels, kPanel, pixels of a pair)
+//
+// A step is 32 neighbouring pixels of dy, across rows and images, or what their windows see of x at a point:
+// a tap of the window, or where there are few inputs one of its rows. So a panel of a step is a tile of
+// weights; turned, as dy's are, it is one of rows: 16 outputs at 32 pixels.
+#pragma once
+
+#include "conv_weights.h"
+#include "tiles.h"
+#include "walk.h"
+
+namespace fusedres::FUSEDRES_ISA {
+
+constexpr int64_t kPanel = ConvWeights::kPanel;
+constexpr int64_t kSlice = ConvWeights::kWidth;  // channels
+constexpr int64_t kStepPixels = kTileInputs;     // the products of one tile
+constexpr int64_t kStepPairs = kStepPixels / 2;  // a tile's rows of weights
+constexpr int64_t kPairValues = 2 * kSlice;      // of a pair of pixels in a slice
+constexpr int64_t kStepValues = kStepPairs * kPairValues;
+constexpr int64_t kPairBytes = kPairValues * int64_t{sizeof(BFloat16)};
+
+// What the windows of x are taken apart into.
+struct Points {
+  bool flat;
+  int64_t count;
+  int64_t across;  // columns of a point
+  int64_t values;  // of a point
+
+  explicit Points(const ConvDweight& op)
+      : flat(op.inputs < kPanel),
+        count(op.rows.kernel * (flat ? 1 : op.columns.kernel)),
+        across(flat ? op.columns.kernel : 1),
+        values(across * op.inputs) {}
+};
+
+// Where some pixels' channels lie: of dy, and of x at every point. Beyond its borders there are zeros, and
+// pixels that don't exist fill up the last step with them.
+class Pixels {
+ public:
+  static int64_t bytes(const ConvDweight& op) {  // a pixel's
+    const Points points(op);
+    return (points.count + 1) * int64_t{sizeof(void*)} +
+           (points.flat ? points.count * points.values * int64_t{sizeof(BFloat16)} : 0);
+  }
+
+  Pixels(const ConvDweight& op, int64_t most, Arena& arena)
+      : op_(op),
+        points_(op),
+        pitch_(most),
+        begin_(arena.take<const BFloat16*>((points_.count + 1) * pitch_)),
+        copies_(points_.flat ? arena.take<BFloat16>(points_.count * pitch_ * points_.values) : nullptr) {
+    const int64_t size = maximum(points_.values, op.outputs);
+    auto* const zeros = arena.take<BFloat16>(size);
+    for (int64_t i = 0; i < size; ++i) zeros[i] = {};
+    zeros_ = zeros;
+  }
+
+  const BFloat16* const* of_x(int64_t point) const { return begin_ + point * pitch_; }
+  const BFloat16* const* of_dy() const { return of_x(points_.count); }
+
+  void place(int64_t first, int64_t count) {
+    const BFloat16** const of_dy = begin_ + points_.count * pitch_;
+    for (int64_t i = 0; i < count; ++i)
+      of_dy[i] = static_cast<const BFloat16*>(op_.dy) + (first + i) * op_.outputs;
+    int64_t row = first / op_.columns.outputs, column = first % op_.columns.outputs;
+    for (int64_t i = 0; i < count; ++row, column = 0) {
+      const int64_t some = minimum(op_.columns.outputs - column, count - i);
+      place_row(row, column, some, begin_ + i);
+      i += some;
+    }
+    for (int64_t point = 0; point <= points_.count; ++point)
+      for (int64_t i = count; i < ceil_div(count, kStepPixels) * kStepPixels; ++i)
+        begin_[point * pitch_ + i] = zeros_;
+  }
+
+ private:
+  // What `count` windows in one row of an image see; `row` counts across images.
+  void place_row(int64_t row, int64_t column, int64_t count, const BFloat16** to) {
+    const ConvAxis &rows = op_.rows, &columns = op_.columns;
+    const int64_t image = row / rows.outputs, row_size = columns.size * op_.inputs;
+    for (int64_t i = 0; i < rows.kernel; ++i) {
+      const int64_t of_x = rows.place(row % rows.outputs, i);
+      const BFloat16* const x_row =
+          static_cast<const BFloat16*>(op_.x) + (image * rows.size + of_x) * row_size;
+      for (int64_t j = 0; j < columns.kernel; j += points_.across, to += pitch_)
+        for (int64_t k = 0; k < count; ++k)
+          to[k] = rows.inside(of_x) ? tap(x_row, columns.place(column + k, j), to + k - begin_) : zeros_;
+    }
+  }
+
+  FUSEDRES_INLINE const BFloat16* tap(const BFloat16* x_row, int64_t column, int64_t slot) {
+    const ConvAxis& columns = op_.columns;
+    if (!points_.flat) return columns.inside(column) ? x_row + column * op_.inputs : zeros_;
+    const int64_t dilation = columns.dilation, last = column + (points_.across - 1) * dilation;
+    if (columns.inside(column) && columns.inside(last) && (dilation == 1 || points_.across == 1))
+      return x_row + column * op_.inputs;
+    BFloat16* const copy = copies_ + slot * points_.values;
+    for (int64_t j = 0, from = column; j < points_.across; ++j, from += dilation)
+      for (int64_t i = 0; i < op_.inputs; ++i)
+        copy[j * op_.inputs + i] = columns.inside(from) ? x_row[from * op_.inputs + i] : BFloat16{};
+    return copy;
+  }
+
+  const ConvDweight& op_;
+  const Points points_;
+  const int64_t pitch_;
+  const BFloat16** const begin_;  // (points and dy, pitch)
+  BFloat16* const copies_;        // (points, pitch, values)
+  const BFloat16* zeros_;
+};
+
+#if defined(__AVX512BW__)
+
+// to[2 * i] = one[i], to[2 * i + 1] = other[i]; 0 from `count` on.
+FUSEDRES_INLINE void place_pair(const BFloat16* one, const BFloat16* other, int64_t count, BFloat16* to) {
+  typedef uint16_t Values __attribute__((vector_size(64)));
+  Values low{}, high{};
+  for (int i = 0; i < 32; ++i) {
+    low[i] = static_cast<uint16_t>(i % 2 * 32 + i / 2);
+    high[i] = static_cast<uint16_t>(low[i] + 16);
+  }
+  const auto lanes = static_cast<__mmask32>((uint64_t{1} << count) - 1);
+  const __m512i a = _mm512_maskz_loadu_epi16(lanes, one), b = _mm512_maskz_loadu_epi16(lanes, other);
+  _mm512_store_si512(to, _mm512_permutex2var_epi16(a, bit_cast<__m512i>(low), b));
+  _mm512_store_si512(to + kPairValues / 2, _mm512_permutex2var_epi16(a, bit_cast<__m512i>(high), b));
+}
+
+// Of every square of 2 * kHalf rows and words, the upper right quarter goes where the lower left one is, and
+// that one there.
+template <int kHalf>
+FUSEDRES_INLINE void exchange_quarters(__m512i (&rows)[16]) {
+  Words upper{}, lower{};
+  for (int i = 0; i < 16; ++i) {
+    upper[i] = i & kHalf ? 16 + i - kHalf : i;
+    lower[i] = i & kHalf ? 16 + i : i + kHalf;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (i & kHalf) continue;
+    const __m512i a = rows[i], b = rows[i + kHalf];
+    rows[i] = _mm512_permutex2var_epi32(a, bit_cast<__m512i>(upper), b);
+    rows[i + kHalf] = _mm512_permutex2var_epi32(a, bit_cast<__m512i>(lower), b);
+  }
+}
+
+// A tile's pairs become columns: those of one channel a row.
+FUSEDRES_INLINE void turn(BFloat16* tile) {
+  __m512i rows[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_load_si512(tile + i * kPairValues);
+  exchange_quarters<8>(rows);
+  exchange_quarters<4>(rows);
+  exchange_quarters<2>(rows);
+  exchange_quarters<1>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * kPairValues, rows[i]);
+}
+
+#else
+
+inline void place_pair(const BFloat16* one, const BFloat16* other, int64_t count, BFloat16* to) {
+  for (int64_t i = 0; i < kSlice; ++i) {
+    to[2 * i] = i < count ? one[i] : BFloat16{};
+    to[2 * i + 1] = i < count ? other[i] : BFloat16{};
+  }
+}
+
+inline void turn(BFloat16* tile) {
+  auto exchange = [](BFloat16& a, BFloat16& b) {
+    const BFloat16 before = a;
+    a = b;
+    b = before;
+  };
+  for (int64_t pair = 0; pair < kStepPairs; ++pair)
+    for (int64_t channel = 0; channel < pair; ++channel)
+      for (int64_t pixel = 0; pixel < 2; ++pixel)
+        exchange(tile[pair * kPairValues + 2 * channel + pixel],
+                 tile[channel * kPairValues + 2 * pair + pixel]);
+}
+
+#endif
+
+// What of a slice is still to be placed, pair by pair.
+class Placing {
+ public:
+  Placing() = default;
+  Placing(const BFloat16* const* pixels, int64_t channel, int64_t channels, int64_t steps, BFloat16* to)
+      : pixels_(pixels),
+        channel_(channel),
+        count_(minimum(kSlice, channels - channel)),
+        left_(steps * kStepPairs),
+        to_(to) {}
+
+  int64_t left() const { return left_; }
+
+  FUSEDRES_INLINE void place(int64_t pairs) {
+    for (int64_t i = minimum(pairs, left_); i > 0; --i, --left_, pixels_ += 2, to_ += kPairValues)
+      place_pair(pixels_[0] + channel_, pixels_[1] + channel_, count_, to_);
+  }
+
+ private:
+  const BFloat16* const* pixels_ = nullptr;
+  int64_t channel_ = 0, count_ = 0, left_ = 0;
+  BFloat16* to_ = nullptr;
+};
+
+}  // namespace fusedres::FUSEDRES_ISA
