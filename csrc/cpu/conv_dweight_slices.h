@@ -84,23 +84,46 @@ class Pixels {
       const int64_t of_x = rows.place(row % rows.outputs, i);
       const BFloat16* const x_row =
           static_cast<const BFloat16*>(op_.x) + (image * rows.size + of_x) * row_size;
-      for (int64_t j = 0; j < columns.kernel; j += points_.across, to += pitch_)
-        for (int64_t k = 0; k < count; ++k)
-          to[k] = rows.inside(of_x) ? tap(x_row, columns.place(column + k, j), to + k - begin_) : zeros_;
+      for (int64_t j = 0; j < columns.kernel; j += points_.across, to += pitch_) {
+        // Of windows [first, last) every value is inside.
+        const int64_t first =
+            rows.inside(of_x) ? minimum(column + count, maximum(column, first_inside(j))) : column + count;
+        const int64_t last = maximum(first, minimum(column + count, end_inside(j)));
+        const BFloat16* const begin = x_row + columns.place(first, j) * op_.inputs;
+        for (int64_t k = first; k < last; ++k)
+          to[k - column] = begin + (k - first) * columns.stride * op_.inputs;
+        auto place_each = [&](int64_t k, int64_t end) {
+          for (; k < end; ++k) {
+            const BFloat16** const at = to + (k - column);
+            *at = points_.flat && rows.inside(of_x) ? copy(x_row, columns.place(k, j), at - begin_) : zeros_;
+          }
+        };
+        place_each(column, first);
+        place_each(last, column + count);
+      }
     }
   }
 
-  FUSEDRES_INLINE const BFloat16* tap(const BFloat16* x_row, int64_t column, int64_t slot) {
+  // The windows whose column j, or all whose columns from j on of one point, lie in x as the kernel has them.
+  int64_t first_inside(int64_t j) const {
+    const int64_t before = -op_.columns.place(0, j);
+    return before > 0 ? ceil_div(before, op_.columns.stride) : 0;
+  }
+  int64_t end_inside(int64_t j) const {
     const ConvAxis& columns = op_.columns;
-    if (!points_.flat) return columns.inside(column) ? x_row + column * op_.inputs : zeros_;
-    const int64_t dilation = columns.dilation, last = column + (points_.across - 1) * dilation;
-    if (columns.inside(column) && columns.inside(last) && (dilation == 1 || points_.across == 1))
-      return x_row + column * op_.inputs;
-    BFloat16* const copy = copies_ + slot * points_.values;
-    for (int64_t j = 0, from = column; j < points_.across; ++j, from += dilation)
-      for (int64_t i = 0; i < op_.inputs; ++i)
-        copy[j * op_.inputs + i] = columns.inside(from) ? x_row[from * op_.inputs + i] : BFloat16{};
-    return copy;
+    if (points_.across > 1 && columns.dilation > 1) return 0;
+    const int64_t left = columns.size - columns.place(0, j + points_.across - 1);
+    return left > 0 ? ceil_div(left, columns.stride) : 0;
+  }
+
+  // With zeros beyond the border.
+  const BFloat16* copy(const BFloat16* x_row, int64_t column, int64_t slot) {
+    BFloat16* const to = copies_ + slot * points_.values;
+    __builtin_memset(to, 0, points_.values * sizeof *to);
+    for (int64_t j = 0; j < points_.across; ++j, column += op_.columns.dilation)
+      if (op_.columns.inside(column))
+        __builtin_memcpy(to + j * op_.inputs, x_row + column * op_.inputs, op_.inputs * sizeof *to);
+    return to;
   }
 
   const ConvDweight& op_;
@@ -182,28 +205,41 @@ inline void turn(BFloat16* tile) {
 
 #endif
 
-// What of a slice is still to be placed, pair by pair.
+constexpr int64_t kAhead = 8;  // pairs, which come into the cache meanwhile
+
+// What of some neighbouring slices is still to be placed, pair by pair.
 class Placing {
  public:
   Placing() = default;
-  Placing(const BFloat16* const* pixels, int64_t channel, int64_t channels, int64_t steps, BFloat16* to)
+  // `pitch` is from a slice to the next one.
+  Placing(const BFloat16* const* pixels, int64_t channel, int64_t channels, int64_t steps, BFloat16* to,
+          int64_t pitch)
       : pixels_(pixels),
         channel_(channel),
-        count_(minimum(kSlice, channels - channel)),
+        end_(channel + channels),
         left_(steps * kStepPairs),
-        to_(to) {}
+        to_(to),
+        pitch_(pitch) {}
 
   int64_t left() const { return left_; }
 
   FUSEDRES_INLINE void place(int64_t pairs) {
-    for (int64_t i = minimum(pairs, left_); i > 0; --i, --left_, pixels_ += 2, to_ += kPairValues)
-      place_pair(pixels_[0] + channel_, pixels_[1] + channel_, count_, to_);
+    for (int64_t i = minimum(pairs, left_); i > 0; --i, --left_, pixels_ += 2, to_ += kPairValues) {
+      const BFloat16* const* const ahead = pixels_ + 2 * minimum(kAhead, left_ - 1);
+      BFloat16* to = to_;
+      for (int64_t channel = channel_; channel < end_; channel += kSlice, to += pitch_) {
+        __builtin_prefetch(ahead[0] + channel);
+        __builtin_prefetch(ahead[1] + channel);
+        place_pair(pixels_[0] + channel, pixels_[1] + channel, minimum(kSlice, end_ - channel), to);
+      }
+    }
   }
 
  private:
   const BFloat16* const* pixels_ = nullptr;
-  int64_t channel_ = 0, count_ = 0, left_ = 0;
+  int64_t channel_ = 0, end_ = 0, left_ = 0;
   BFloat16* to_ = nullptr;
+  int64_t pitch_ = 0;
 };
 
 }  // namespace fusedres::FUSEDRES_ISA

@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kLanes = Vec<float>::kLanes;
 constexpr int64_t kMostSteps = 10;                   // of a run: its sums stay in registers
 constexpr int64_t kMostOutputs = 512;                // whose slices are there together
+constexpr int64_t kSlab = 4 * kSlice;                // values of a point that are placed together
 constexpr int64_t kStretchBytes = int64_t{1} << 20;  // of what is placed, in the second-level cache
 constexpr int64_t kMostGroups = 16;
 constexpr int64_t kGroupBytes = int64_t{4} << 20;  // of all groups' sums
@@ -60,7 +61,7 @@ class Pending {
 // How the work is cut, alike for any number of threads.
 //
 // The pixels come in steps, these in runs, and these in groups, each of which has its own dweight; in the end
-// these are added up. A unit is what a group adds to the weights between a range of outputs and a slice of x.
+// these are added up. A unit is what a group adds to the weights between a range of outputs and a slab of x.
 struct Plan {
   explicit Plan(const ConvDweight& op)
       : points(op),
@@ -71,11 +72,12 @@ struct Plan {
         length(ceil_div(ceil_div(pixels, kStepPixels), runs)),
         ranges(ceil_div(op.outputs, kMostOutputs)),
         range(ceil_div(ceil_div(op.outputs, ranges), kSlice) * kSlice),
-        slices(ceil_div(points.values, kSlice) * points.count) {
+        slab(minimum(kSlab, ceil_div(points.values, kSlice) * kSlice)),
+        slabs(ceil_div(points.values, slab) * points.count) {
     while (2 * groups <= minimum(runs, kMostGroups) &&
            2 * groups * size * int64_t{sizeof(float)} <= kGroupBytes)
       groups *= 2;
-    const int64_t step = (range / kSlice + 2) * kStepValues * int64_t{sizeof(BFloat16)};
+    const int64_t step = (range + 2 * slab) / kSlice * kStepValues * int64_t{sizeof(BFloat16)};
     stretch = maximum<int64_t>(1, kStretchBytes / (length * (step + kStepPixels * Pixels::bytes(op))));
   }
 
@@ -85,7 +87,7 @@ struct Plan {
   const int64_t pixels;
   const int64_t runs, length;   // steps of a run
   const int64_t ranges, range;  // outputs of a range
-  const int64_t slices;
+  const int64_t slab, slabs;
   int64_t groups = 1;
   int64_t stretch;  // runs that are placed together
 };
@@ -99,9 +101,10 @@ class Work {
         pixels_(op, plan.stretch * plan.length * kStepPixels, arena_),
         pitch_(plan.stretch * plan.length * kStepValues),
         dy_(arena_.take<BFloat16>(plan.range / kSlice * pitch_)),
-        x_{arena_.take<BFloat16>(pitch_), arena_.take<BFloat16>(pitch_)} {}
+        x_{arena_.take<BFloat16>(plan.slab / kSlice * pitch_),
+           arena_.take<BFloat16>(plan.slab / kSlice * pitch_)} {}
 
-  // Slices [first, last) of a group and range, into the group's dweight.
+  // Slabs [first, last) of a group and range, into the group's dweight.
   void compute(int64_t group, int64_t range, int64_t first, int64_t last, float* dweight) {
     const int64_t begin = group * plan_.runs / plan_.groups, end = (group + 1) * plan_.runs / plan_.groups;
     output_ = range * plan_.range;
@@ -110,9 +113,9 @@ class Work {
       place(run, minimum(run + plan_.stretch, end));
       Placing next = placing(first);
       next.place(next.left());
-      for (int64_t slice = first; slice < last; ++slice) {
-        next = slice + 1 < last ? placing(slice + 1) : Placing{};
-        multiply_slice(slice, run == begin, dweight, next);
+      for (int64_t slab = first; slab < last; ++slab) {
+        next = slab + 1 < last ? placing(slab + 1) : Placing{};
+        multiply_slab(slab, run == begin, dweight, next);
         next.place(next.left());
       }
     }
@@ -126,37 +129,38 @@ class Work {
     const int64_t end = minimum(last * plan_.length * kStepPixels, plan_.pixels);
     pixels_.place(begin, end - begin);
     steps_ = ceil_div(end - begin, kStepPixels);
-    for (int64_t step = 0; step < steps_; ++step)
-      for (int64_t output = 0; output < outputs_; output += kSlice) {
-        BFloat16* const to = dy_ + output / kSlice * pitch_ + step * kStepValues;
-        Placing dy(pixels_.of_dy() + step * kStepPixels, output_ + output, op_.outputs, 1, to);
-        dy.place(kStepPairs);
-        turn(to);
-        if (outputs_ - output > kPanel) turn(to + kPairValues / 2);
-      }
-  }
-
-  // A block of values is gone through point by point: their windows share what they read.
-  int64_t point(int64_t slice) const { return slice % plan_.points.count; }
-  int64_t value(int64_t slice) const { return slice / plan_.points.count * kSlice; }
-
-  Placing placing(int64_t slice) const {
-    return {pixels_.of_x(point(slice)), value(slice), plan_.points.values, steps_, x_[slice % 2]};
-  }
-
-  void multiply_slice(int64_t slice, bool fresh, float* dweight, Placing& next) {
-    const int64_t each = ceil_div(next.left(), ceil_div(outputs_, kSlice) * steps_);
-    Block block{dweight + output_ * plan_.window + point(slice) * plan_.points.values + value(slice),
-                plan_.window, 0, minimum(kSlice, plan_.points.values - value(slice)), fresh};
-    for (int64_t output = 0; output < outputs_; output += kSlice, block.begin += kSlice * block.stride) {
-      block.rows = minimum(kSlice, outputs_ - output);
-      block.fresh = fresh;
-      for (int64_t step = 0; step < steps_; step += plan_.length, block.fresh = false) {
-        const BFloat16* const dy = dy_ + output / kSlice * pitch_ + step * kStepValues;
-        const BFloat16* const x = x_[slice % 2] + step * kStepValues;
-        multiply(dy, x, minimum(plan_.length, steps_ - step), block, next, each);
-      }
+    Placing dy(pixels_.of_dy(), output_, outputs_, steps_, dy_, pitch_);
+    for (int64_t step = 0; step < steps_; ++step) {
+      dy.place(kStepPairs);
+      for (int64_t output = 0; output < outputs_; output += kPanel)
+        turn(dy_ + output / kSlice * pitch_ + step * kStepValues + output % kSlice * 2);
     }
+  }
+
+  // Slabs are gone through point by point: their windows share what they read.
+  int64_t point(int64_t slab) const { return slab % plan_.points.count; }
+  int64_t value(int64_t slab) const { return slab / plan_.points.count * plan_.slab; }
+  int64_t values(int64_t slab) const { return minimum(plan_.slab, plan_.points.values - value(slab)); }
+
+  Placing placing(int64_t slab) const {
+    return {pixels_.of_x(point(slab)), value(slab), values(slab), steps_, x_[slab % 2], pitch_};
+  }
+
+  // Of a run the sums of all blocks, so that a slice of x stays in the first-level cache.
+  void multiply_slab(int64_t slab, bool fresh, float* dweight, Placing& next) {
+    const int64_t slices = ceil_div(values(slab), kSlice);
+    const int64_t each = ceil_div(next.left(), slices * ceil_div(outputs_, kSlice) * steps_);
+    float* const to = dweight + output_ * plan_.window + point(slab) * plan_.points.values + value(slab);
+    for (int64_t step = 0; step < steps_; step += plan_.length, fresh = false)
+      for (int64_t slice = 0; slice < slices; ++slice)
+        for (int64_t output = 0; output < outputs_; output += kSlice) {
+          const BFloat16* const dy = dy_ + output / kSlice * pitch_ + step * kStepValues;
+          const BFloat16* const x = x_[slab % 2] + slice * pitch_ + step * kStepValues;
+          const Block block{to + output * plan_.window + slice * kSlice, plan_.window,
+                            minimum(kSlice, outputs_ - output),
+                            minimum(kSlice, values(slab) - slice * kSlice), fresh};
+          multiply(dy, x, minimum(plan_.length, steps_ - step), block, next, each);
+        }
   }
 
   void multiply(const BFloat16* dy, const BFloat16* x, int64_t steps, const Block& to, Placing& next,
@@ -216,12 +220,12 @@ void conv_dweight_direct(const ConvDweight& op) {
   Arena arena;
   float* const others = arena.take<float>((plan.groups - 1) * plan.size);
   const int64_t each = plan.pixels / plan.groups * kSlice;
-  parallel(plan.groups * plan.ranges * plan.slices, each, [&](int64_t begin, int64_t end) {
+  parallel(plan.groups * plan.ranges * plan.slabs, each, [&](int64_t begin, int64_t end) {
     Work work(op, plan);
     tile_configure();
     for (int64_t unit = begin; unit < end;) {
-      const int64_t outer = unit / plan.slices, group = outer / plan.ranges, first = unit % plan.slices;
-      const int64_t last = minimum(plan.slices, first + end - unit);
+      const int64_t outer = unit / plan.slabs, group = outer / plan.ranges, first = unit % plan.slabs;
+      const int64_t last = minimum(plan.slabs, first + end - unit);
       work.compute(group, outer % plan.ranges, first, last,
                    group ? others + (group - 1) * plan.size : op.dweight);
       unit += last - first;
