@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import shutil
 import sys
 
@@ -9,6 +11,7 @@ import pytest
 import test_native_dweight as dweight
 import test_native_training_bf16 as training
 import tile_target
+import torch
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="the emulation needs Linux and g++"
@@ -51,6 +54,26 @@ ERRORS = (
 @pytest.mark.parametrize("shape", ERRORS, ids=repr)
 def test_errors_of_dweight_are_far_below_those_of_eager(shape, positive):
     dweight.test_errors_are_far_below_those_of_eager_which_rounds_to_bfloat16(shape, 1, positive)
+
+
+def at_the_end_of_memory(t: torch.Tensor) -> torch.Tensor:
+    """A copy in channels_last before memory that can't be read."""
+    size = -(-t.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    values = torch.frombuffer(memory, dtype=t.dtype, offset=size - t.nbytes, count=t.numel())
+    last_page = ctypes.c_void_p(values.data_ptr() + t.nbytes)
+    nothing_permitted = 0
+    assert ctypes.CDLL(None).mprotect(last_page, mmap.PAGESIZE, nothing_permitted) == 0
+    images, channels, rows, columns = t.shape
+    return values.view(images, rows, columns, channels).permute(0, 3, 1, 2).copy_(t)
+
+
+@pytest.mark.parametrize("shape", [dweight.DIRECT[index] for index in (2, 3, 5, 6, 8)], ids=repr)
+def test_nothing_beyond_x_and_dy_is_read(shape):
+    case = dweight.Case(shape)
+    expected = case.found(1)
+    case.x, case.dy = at_the_end_of_memory(case.x), at_the_end_of_memory(case.dy)
+    assert torch.equal(case.found(1), expected)
 
 
 def test_dweight_is_the_same_bits_whatever_the_threads():

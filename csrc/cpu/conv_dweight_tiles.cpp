@@ -2,6 +2,7 @@
 //
 // Two tiles of dy and two of x are loaded for four products. Meanwhile the vector unit adds the sums of the
 // run before to dweight, and places the next slice of x.
+#include "conv_dweight_groups.h"
 #include "conv_dweight_slices.h"
 #include "isa.h"
 
@@ -13,8 +14,6 @@ constexpr int64_t kMostSteps = 10;                   // of a run: its sums stay 
 constexpr int64_t kMostOutputs = 512;                // whose slices are there together
 constexpr int64_t kSlab = 4 * kSlice;                // values of a point that are placed together
 constexpr int64_t kStretchBytes = int64_t{1} << 20;  // of what is placed, in the second-level cache
-constexpr int64_t kMostGroups = 16;
-constexpr int64_t kGroupBytes = int64_t{4} << 20;  // of all groups' sums
 
 struct alignas(64) Sums {
   float rows[kSlice][kSlice];
@@ -70,13 +69,11 @@ struct Plan {
         pixels(op.images * op.rows.outputs * op.columns.outputs),
         runs(ceil_div(ceil_div(pixels, kStepPixels), kMostSteps)),
         length(ceil_div(ceil_div(pixels, kStepPixels), runs)),
+        groups(Groups::count_for(runs, size)),
         ranges(ceil_div(op.outputs, kMostOutputs)),
         range(ceil_div(ceil_div(op.outputs, ranges), kSlice) * kSlice),
         slab(minimum(kSlab, ceil_div(points.values, kSlice) * kSlice)),
         slabs(ceil_div(points.values, slab) * points.count) {
-    while (2 * groups <= minimum(runs, kMostGroups) &&
-           2 * groups * size * int64_t{sizeof(float)} <= kGroupBytes)
-      groups *= 2;
     const int64_t step = (range + 2 * slab) / kSlice * kStepValues * int64_t{sizeof(BFloat16)};
     stretch = maximum<int64_t>(1, kStretchBytes / (length * (step + kStepPixels * Pixels::bytes(op))));
   }
@@ -85,10 +82,10 @@ struct Plan {
   const int64_t window;  // values: from an output of dweight to the next one
   const int64_t size;    // of dweight
   const int64_t pixels;
-  const int64_t runs, length;   // steps of a run
+  const int64_t runs, length;  // steps of a run
+  const int64_t groups;
   const int64_t ranges, range;  // outputs of a range
   const int64_t slab, slabs;
-  int64_t groups = 1;
   int64_t stretch;  // runs that are placed together
 };
 
@@ -207,18 +204,10 @@ class Work {
   Pending before_;
 };
 
-// others: (groups - 1, size)
-template <class Lanes>
-FUSEDRES_INLINE void add_up(const Plan& plan, const float* others, float* to, Lanes lanes) {
-  Vec<float> sum = load(to, lanes);
-  for (int64_t group = 1; group < plan.groups; ++group, others += plan.size) sum = sum + load(others, lanes);
-  store(to, sum, lanes);
-}
-
 void conv_dweight_direct(const ConvDweight& op) {
   const Plan plan(op);
   Arena arena;
-  float* const others = arena.take<float>((plan.groups - 1) * plan.size);
+  const Groups groups(plan.groups, plan.size, op.dweight, arena);
   const int64_t each = plan.pixels / plan.groups * kSlice;
   parallel(plan.groups * plan.ranges * plan.slabs, each, [&](int64_t begin, int64_t end) {
     Work work(op, plan);
@@ -226,20 +215,12 @@ void conv_dweight_direct(const ConvDweight& op) {
     for (int64_t unit = begin; unit < end;) {
       const int64_t outer = unit / plan.slabs, group = outer / plan.ranges, first = unit % plan.slabs;
       const int64_t last = minimum(plan.slabs, first + end - unit);
-      work.compute(group, outer % plan.ranges, first, last,
-                   group ? others + (group - 1) * plan.size : op.dweight);
+      work.compute(group, outer % plan.ranges, first, last, groups.at(group));
       unit += last - first;
     }
     tile_release();
   });
-  if (plan.groups == 1) return;
-  parallel(ceil_div(plan.size, kLanes), plan.groups * kLanes, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kLanes; i < minimum(end * kLanes, plan.size); i += kLanes)
-      if (i + kLanes <= plan.size)
-        add_up(plan, others + i, op.dweight + i, AllLanes{});
-      else
-        add_up(plan, others + i, op.dweight + i, FirstLanes{static_cast<int>(plan.size - i)});
-  });
+  groups.add_up();
 }
 
 }  // namespace
