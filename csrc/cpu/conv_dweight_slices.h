@@ -225,13 +225,18 @@ class Placing {
 
   FUSEDRES_INLINE void place(int64_t pairs) {
     for (int64_t i = minimum(pairs, left_); i > 0; --i, --left_, pixels_ += 2, to_ += kPairValues) {
+      const BFloat16 *const one = pixels_[0], *const other = pixels_[1];
       const BFloat16* const* const ahead = pixels_ + 2 * minimum(kAhead, left_ - 1);
+      const BFloat16 *const one_ahead = ahead[0], *const other_ahead = ahead[1];
       BFloat16* to = to_;
-      for (int64_t channel = channel_; channel < end_; channel += kSlice, to += pitch_) {
-        __builtin_prefetch(ahead[0] + channel);
-        __builtin_prefetch(ahead[1] + channel);
-        place_pair(pixels_[0] + channel, pixels_[1] + channel, minimum(kSlice, end_ - channel), to);
-      }
+      auto place = [&](int64_t channel, int64_t count) FUSEDRES_INLINE_LAMBDA {
+        __builtin_prefetch(one_ahead + channel);
+        __builtin_prefetch(other_ahead + channel);
+        place_pair(one + channel, other + channel, count, to);
+      };
+      int64_t channel = channel_;
+      for (; channel + kSlice <= end_; channel += kSlice, to += pitch_) place(channel, kSlice);
+      if (channel < end_) place(channel, end_ - channel);
     }
   }
 

@@ -35,13 +35,11 @@ class Pending {
   int64_t left() const { return to_.rows - row_; }
 
   FUSEDRES_INLINE void add(int64_t rows) {
-    for (const int64_t end = minimum(row_ + rows, to_.rows); row_ < end; ++row_)
-      for (int64_t column = 0; column < to_.columns; column += kLanes) {
-        if (column + kLanes <= to_.columns)
-          add(column, AllLanes{});
-        else
-          add(column, FirstLanes{static_cast<int>(to_.columns - column)});
-      }
+    for (const int64_t end = minimum(row_ + rows, to_.rows); row_ < end; ++row_) {
+      int64_t column = 0;
+      for (; column + kLanes <= to_.columns; column += kLanes) add(column, AllLanes{});
+      if (column < to_.columns) add(column, FirstLanes{static_cast<int>(to_.columns - column)});
+    }
   }
 
  private:
