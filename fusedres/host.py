@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import sysconfig
+from functools import cache
 from importlib.machinery import ExtensionFileLoader
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec, module_from_spec, spec_from_loader
@@ -41,6 +42,7 @@ def _find() -> Compiler:
 HOST = Target("fusedres_host", CSRC, (Source("bindings/host.cpp"),), COMMON_FLAGS, links_torch=False, find=_find)
 
 
+@cache
 def cpu_name() -> str:
     """The processor's own name for itself, where the system tells it."""
     info = Path("/proc/cpuinfo")

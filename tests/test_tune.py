@@ -332,6 +332,11 @@ def test_a_model_without_a_choice_says_so() -> None:
     assert report.rows == () and "nothing to choose from" in str(report)
 
 
+def test_a_model_elsewhere_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"on a CPU, and this one is on meta; .* python -m fusedres tune"):
+        fusedres.tune(nn.Conv2d(3, 3, 1, device="meta"), torch.randn(2, 3, 4, 4))
+
+
 def test_real_times_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(times, "_AGREEMENT", 100.0)  # other tests run beside this one
     fused, _, x = block_and_input(BF16)

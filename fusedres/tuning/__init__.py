@@ -83,6 +83,12 @@ def tune(model: nn.Module, *inputs: Any, progress: Progress | None = None) -> Tu
             "tune would measure what nothing uses: FUSEDRES_TUNE=0, deterministic algorithms and a forced backend "
             "leave the choice to the rule; lift that first"
         )
+    places = {t.device.type for t in model.parameters()} - {"cpu"}
+    if places:
+        raise ValueError(
+            f"tune times the convolutions of a model on a CPU, and this one is on {places.pop()}; "
+            "the Triton kernels of a GPU are timed by python -m fusedres tune"
+        )
     found = convolutions.problems_of(lambda: _step(model, inputs))
     with times.measuring():
         for done, (problem, strides) in enumerate(found.items(), 1):
