@@ -257,6 +257,10 @@ def test_times_that_do_not_come_up_again_are_none(clock: Clock) -> None:
     }
 
 
+def test_long_calls_have_longer_to_settle(clock: Clock) -> None:
+    assert times.measure({"a": clock("a", [2.0]), "b": clock("b", [1.0])}, [torch.ones(3)]) == {"a": 2e3, "b": 1e3}
+
+
 def test_what_did_not_settle_is_left_to_the_rule_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(times, "measure", lambda calls, warm: {})
     report = fusedres.optimize(network(), example=images(2, 3, 16, 16))

@@ -18,6 +18,7 @@ from fusedres import cache, dispatch, times
 from fusedres.backends import Geometry, native_training
 from fusedres.backends.native_training import RESULTS, Problem, Tiles
 from fusedres.times import Calls, Times
+from fusedres.tuning import convolutions
 
 BF16 = torch.bfloat16
 PADDED = Geometry(padding=(1, 1))
@@ -181,17 +182,18 @@ def test_an_ordinary_step_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert not measured and not cache.tables(cache.location())
 
 
-def test_times_are_for_a_number_of_threads() -> None:
-    forge(dict.fromkeys(RESULTS, "aten"))
+@pytest.mark.parametrize("results, count", [(RESULTS, [0, 0, 0]), (["y"], [1, 1, 2])], ids=["all", "y"])
+def test_times_are_for_a_number_of_threads(results: Sequence[str], count: list[int]) -> None:
+    forge(dict.fromkeys(results, "aten"))
     fused, _, x = block_and_input()
-    assert step(fused, x)[1] == [0, 0, 0]
+    assert step(fused, x)[1] == count
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
         assert step(fused, x)[1] == [3, 1, 2]
     finally:
         torch.set_num_threads(threads)
-    assert step(fused, x)[1] == [0, 0, 0]
+    assert step(fused, x)[1] == count
 
 
 @pytest.mark.parametrize("how", ["FUSEDRES_TUNE", "deterministic", "forced"])
@@ -255,6 +257,27 @@ def test_tune_measures_each_result_once_and_chooses_by_it(monkeypatch: pytest.Mo
     assert native_training.tiles(*shapes) == Tiles(1, 1, 1), "in another process"
     fusedres.tune(fused, x)
     assert len(measured) == 8, "anew, when asked again"
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_what_is_measured_is_what_the_step_would_call(result: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: dict[str, list[int]] = {}
+
+    def measure(calls: Calls, warm: Sequence[Tensor]) -> Times:
+        for name, call in calls.items():
+            with Operations() as operations:
+                call()
+            counts[name] = [operations.count[f"fusedres_native::{operator}"] for operator in OPERATORS]
+        return {}
+
+    monkeypatch.setattr(times, "measure", measure)
+    problem = Problem(result, (2, 8, 9, 7), (16, 8, 3, 3), PADDED, BF16)
+    with times.measuring():
+        convolutions.measure(problem, (72, 1, 24, 8))
+    operator = {"dx+add": "conv_", "dweight": "conv_dweight"}.get(result, "conv")
+    own = [int(name == operator) for name in OPERATORS]
+    assert counts == {name: [0, 0, 0] if name == "aten" else own for name in native_training.candidates(problem)}
+    assert len(counts) > 3
 
 
 def test_tune_asks_for_what_the_step_computes(monkeypatch: pytest.MonkeyPatch) -> None:
