@@ -280,6 +280,16 @@ def test_what_is_measured_is_what_the_step_would_call(result: str, monkeypatch: 
     assert len(counts) > 3
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_tune_needs_no_gradients_around_it(mode: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, lambda name: 1.0)
+    fused, _, x = block_and_input()
+    with mode():
+        report = fusedres.tune(fused, x + 1)
+        assert not torch.is_grad_enabled()
+    assert [row.result for row in report.rows] == ["y", "dx", "dweight"]
+
+
 def test_tune_asks_for_what_the_step_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, lambda name: 1.0)
     fused, _, x = block_and_input(torch.float32, "Bottleneck", 64, 32, 2)

@@ -100,8 +100,8 @@ def tune(model: nn.Module, *inputs: Any, progress: Progress | None = None) -> Tu
 
 def _step(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Forward and backward of a copy."""
-    twin, given = copy.deepcopy(model), pytree.tree_map_only(Tensor, _copied, inputs)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        twin, given = copy.deepcopy(model), pytree.tree_map_only(Tensor, _copied, inputs)
         outputs = [y for y in pytree.tree_leaves(twin(*given)) if isinstance(y, Tensor) and y.requires_grad]
         with torch.autocast("cpu", enabled=False):
             torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
