@@ -80,6 +80,21 @@ def test_dweight_is_the_same_bits_whatever_the_threads():
     dweight.test_it_is_the_same_bits_whatever_the_threads()
 
 
+@pytest.mark.parametrize(
+    "shape", [dweight.DIRECT[0], dweight.DIRECT[-1], Shape(150, 70, (1, 1), padding=(0, 0))], ids=repr
+)
+def test_many_threads_have_smaller_shares_and_the_same_bits(shape):
+    threads = torch.get_num_threads()
+    case = dweight.Case(shape)
+    expected = case.found(1)
+    try:
+        for count in (4, 7, 40):
+            torch.set_num_threads(count)
+            assert torch.equal(case.found(1), expected), count
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("operand", ["x", "dy"])
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class Pending {
   int64_t row_ = 0;
 };
 
-// How the work is cut, alike for any number of threads.
+// How the work is cut. The sums are the same bits for any number of threads.
 //
 // The pixels come in steps, these in runs, and these in groups, each of which has its own dweight; in the end
 // these are added up. A unit is what a group adds to the weights between a range of outputs and a slab of x.
@@ -68,13 +68,25 @@ struct Plan {
         runs(ceil_div(ceil_div(pixels, kStepPixels), kMostSteps)),
         length(ceil_div(ceil_div(pixels, kStepPixels), runs)),
         groups(Groups::count_for(runs, size)),
-        ranges(ceil_div(op.outputs, kMostOutputs)),
-        range(ceil_div(ceil_div(op.outputs, ranges), kSlice) * kSlice),
-        slab(minimum(kSlab, ceil_div(points.values, kSlice) * kSlice)),
-        slabs(ceil_div(points.values, slab) * points.count) {
-    const int64_t step = (range + 2 * slab) / kSlice * kStepValues * int64_t{sizeof(BFloat16)};
-    stretch = maximum<int64_t>(1, kStretchBytes / (length * (step + kStepPixels * Pixels::bytes(op))));
+        range(whole_slices(ceil_div(op.outputs, ceil_div(op.outputs, kMostOutputs)))),
+        slab(minimum(kSlab, whole_slices(points.values))) {
+    // So small that there is a unit for each thread.
+    auto cut = [&](int64_t& channels) {
+      for (;; channels -= kSlice) {
+        ranges = ceil_div(op.outputs, range);
+        slabs = ceil_div(points.values, slab) * points.count;
+        if (units() >= op.threads || channels == kSlice) return;
+      }
+    };
+    cut(slab);
+    cut(range);
+    const int64_t step = (range + 2 * slab) / kSlice * kStepValues * int64_t{sizeof(BFloat16)} +
+                         kStepPixels * Pixels::bytes(op);
+    stretch = minimum(ceil_div(runs, groups), maximum<int64_t>(1, kStretchBytes / (length * step)));
   }
+
+  static int64_t whole_slices(int64_t channels) { return ceil_div(channels, kSlice) * kSlice; }
+  int64_t units() const { return groups * ranges * slabs; }
 
   const Points points;
   const int64_t window;  // values: from an output of dweight to the next one
@@ -82,8 +94,8 @@ struct Plan {
   const int64_t pixels;
   const int64_t runs, length;  // steps of a run
   const int64_t groups;
-  const int64_t ranges, range;  // outputs of a range
-  const int64_t slab, slabs;
+  int64_t range, slab;  // channels
+  int64_t ranges, slabs;
   int64_t stretch;  // runs that are placed together
 };
 
@@ -111,7 +123,6 @@ class Work {
       for (int64_t slab = first; slab < last; ++slab) {
         next = slab + 1 < last ? placing(slab + 1) : Placing{};
         multiply_slab(slab, run == begin, dweight, next);
-        next.place(next.left());
       }
     }
     before_.add(before_.left());
@@ -166,8 +177,7 @@ class Work {
     else
       to.columns > kPanel ? multiply<1, 2>(dy, x, steps, next, each)
                           : multiply<1, 1>(dy, x, steps, next, each);
-    before_ = Pending(sums_[turn_], to);
-    turn_ ^= 1;
+    before_ = Pending(sums_, to);
   }
 
   // A call: inlined, the loops around it would take the registers that its pointers need.
@@ -184,7 +194,7 @@ class Work {
       before.add(rows);
       placing.place(pairs);
     }
-    Tiles::store(&sums_[turn_].rows[0][0], int64_t{sizeof sums_[turn_].rows[0]});
+    Tiles::store(&sums_.rows[0][0], int64_t{sizeof sums_.rows[0]});
     next = placing;
   }
 
@@ -197,9 +207,8 @@ class Work {
   BFloat16* const x_[2];
   int64_t output_ = 0, outputs_ = 0;  // of the range
   int64_t steps_ = 0;                 // that are placed
-  Sums sums_[2];
-  int turn_ = 0;
-  Pending before_;
+  Sums sums_;
+  Pending before_;  // whose sums are there
 };
 
 void conv_dweight_direct(const ConvDweight& op) {
@@ -207,7 +216,7 @@ void conv_dweight_direct(const ConvDweight& op) {
   Arena arena;
   const Groups groups(plan.groups, plan.size, op.dweight, arena);
   const int64_t each = plan.pixels / plan.groups * kSlice;
-  parallel(plan.groups * plan.ranges * plan.slabs, each, [&](int64_t begin, int64_t end) {
+  parallel(plan.units(), each, [&](int64_t begin, int64_t end) {
     Work work(op, plan);
     tile_configure();
     for (int64_t unit = begin; unit < end;) {
