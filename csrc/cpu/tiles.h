@@ -17,9 +17,11 @@ struct Tile {
   unsigned char bytes[kTileRows][64];
 };
 inline thread_local Tile tiles[8];
+inline thread_local bool tiles_configured = false;
 
 template <int kTile>
 void tile_zero() {
+  if (!tiles_configured) __builtin_trap();  // as the unit does
   __builtin_memset(&tiles[kTile], 0, sizeof(Tile));
 }
 template <int kTile>
@@ -53,8 +55,14 @@ void tile_product() {
     }
 }
 // What the registers held is lost.
-inline void tile_configure() { __builtin_memset(tiles, 0xff, sizeof tiles); }
-inline void tile_release() { __builtin_memset(tiles, 0xff, sizeof tiles); }
+inline void tile_configure() {
+  __builtin_memset(tiles, 0xff, sizeof tiles);
+  tiles_configured = true;
+}
+inline void tile_release() {
+  __builtin_memset(tiles, 0xff, sizeof tiles);
+  tiles_configured = false;
+}
 
 #else
 
