@@ -218,6 +218,8 @@ struct ConvAct {
   const void* residual;          // (N, H', W', O) T, or null; may be y
   void* y;                       // (N, H', W', O) T
   const float* scale = nullptr;  // (O,), or null
+  // With a tile `weights` need not be packed: then outputs, inputs, rows, columns of them as they lie.
+  const int64_t* strides = nullptr;
 };
 
 // packed <- weight, as csrc/cpu/conv_weights.h says; one group

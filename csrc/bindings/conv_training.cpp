@@ -56,20 +56,42 @@ bool has_form(DType dtype, const Weight& weight, const Windows& windows, int64_t
          weight.kernel[1] == 3 && windows.stride == one && windows.dilation == one;
 }
 
-// The packed weight is as large as many a tensor of the step: in scratch that is kept.
+// Of a weight that is packed in Winograd's form.
+constexpr int64_t kMostPacked = int64_t{4} << 20;
+
+// The weight is packed in scratch that is kept; in Winograd's form, where that is large, block by block as it
+// is used.
 void convolve(const Tensor& x, const Weight& weight, const OptionalTensor& bias, const Tensor* residual,
               const Tensor& y, const Windows& windows, int64_t tile) {
   const DType dtype = dtype_of(x);
   const auto& [outputs, inputs, kernel, begin, strides] = weight;
+  ConvAct op{x.size(0),
+             inputs,
+             outputs,
+             1,
+             tile,
+             windows.axis(x, weight, 0),
+             windows.axis(x, weight, 1),
+             dtype,
+             0,
+             x.data_ptr(),
+             begin,
+             bias ? floats(*bias) : nullptr,
+             residual ? residual->data_ptr() : nullptr,
+             y.data_ptr(),
+             nullptr,
+             strides};
   Arena arena;
   const ConvWeights shape{dtype, 1, inputs, outputs, kernel[0], kernel[1], tile};
-  void* const packed = arena.take<char>(shape.elements() * size_of(dtype));
-  variant_for(DType::kFloat32)
-      .conv_repack({inputs, outputs, kernel[0], kernel[1], tile, dtype, begin, strides, packed});
-  variant_for(dtype).conv_act({x.size(0), inputs, outputs, 1, tile, windows.axis(x, weight, 0),
-                               windows.axis(x, weight, 1), dtype, 0, x.data_ptr(), packed,
-                               bias ? floats(*bias) : nullptr, residual ? residual->data_ptr() : nullptr,
-                               y.data_ptr()});
+  const int64_t bytes = shape.elements() * size_of(dtype);
+  if (tile == 1 || bytes <= kMostPacked) {
+    void* const packed = arena.take<char>(bytes);
+    variant_for(DType::kFloat32)
+        .conv_repack({inputs, outputs, kernel[0], kernel[1], tile, dtype, begin, strides, packed});
+    op.weights = packed;
+    op.strides = nullptr;
+  }
+  variant_for(dtype).conv_act(op);
 }
 
 Weight weight_for(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Windows& windows,

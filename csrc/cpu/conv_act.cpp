@@ -96,15 +96,14 @@ void ConvTile<T>::align_rows() {
     }
 }
 
-// A block's, with zeros for what fills the steps.
+// A block's weights with zeros for what fills the steps.
 template <class T>
-const T* ConvTile<T>::weights(int64_t group, int64_t block) const {
-  const T* from = static_cast<const T*>(op_.weights) + weights_.direct(group, block);
-  if (aligned_ == run_) return from;
-  const int64_t width = weights_.width(block), packed = weights_.steps() * weights_.step() * width;
+const T* ConvTile<T>::widened(const T* weights, int64_t width) const {
+  if (aligned_ == run_) return weights;
+  const int64_t packed = weights_.steps() * weights_.step() * width;
   T* to = widened_;
-  for (int64_t tap = 0; tap < taps_; ++tap, from += packed)
-    for (int64_t k = 0; k < aligned_ * width; ++k) *to++ = k < packed ? from[k] : T{};
+  for (int64_t tap = 0; tap < taps_; ++tap, weights += packed)
+    for (int64_t k = 0; k < aligned_ * width; ++k) *to++ = k < packed ? weights[k] : T{};
   return widened_;
 }
 
@@ -164,10 +163,10 @@ const T* ConvTile<T>::tap(const T* x_row, int64_t column, int64_t slot) const {
 }
 
 template <class T>
-void ConvTile<T>::compute(int64_t group, int64_t block, const T* next_weights) const {
+void ConvTile<T>::compute(int64_t group, int64_t block, const T* weights, const T* next_weights) const {
   const ConvRows<T> rows{begin_, pitch_, group * (op_.inputs / op_.groups), taps_, aligned_, next_weights};
-  conv_block<T>(rows, weights(group, block), weights_.width(block), result_of<T>(op_, pixel_, group, block),
-                count_);
+  const int64_t width = weights_.width(block);
+  conv_block<T>(rows, widened(weights, width), width, result_of<T>(op_, pixel_, group, block), count_);
 }
 
 // Tile by tile of y's pixels, each with all channels: x stays in the second-level cache, and from there or
@@ -189,7 +188,7 @@ void conv_direct(const ConvAct& op) {
       const int64_t first = i / blocks * tile, block = i % blocks;
       if (i == begin || block == 0) at.place(first, minimum(tile, pixels - first));
       const T* const next = fetches && i + 1 < end ? weights_at((i + 1) % blocks) : nullptr;
-      at.compute(block / weights.blocks(), block % weights.blocks(), next);
+      at.compute(block / weights.blocks(), block % weights.blocks(), weights_at(block), next);
     }
   });
 }

@@ -36,11 +36,11 @@ class ConvTile {
 
   void place(int64_t pixel, int64_t count);
   // y's block of channels; meanwhile the next block's weights come into the cache.
-  void compute(int64_t group, int64_t block, const T* next_weights = nullptr) const;
+  void compute(int64_t group, int64_t block, const T* weights, const T* next_weights = nullptr) const;
 
  private:
   void align_rows();
-  const T* weights(int64_t group, int64_t block) const;
+  const T* widened(const T* weights, int64_t width) const;
   void place_row(const T* image, int64_t row, int64_t begin, int64_t end, const T** to);
   void place_window(const T* image, int64_t row, int64_t column, const T** to);
   const T* tap(const T* x_row, int64_t column, int64_t slot) const;

@@ -1,6 +1,6 @@
 #include "activation.h"
 #include "conv_act.h"
-#include "winograd.h"
+#include "conv_repack.h"
 
 namespace fusedres::FUSEDRES_ISA {
 namespace {
@@ -35,6 +35,8 @@ struct Tiles {
 // Some tiles at once: x's, transformed, and the products of one block of channels.
 constexpr int64_t kScratchBytes = int64_t{768} << 10;
 constexpr int64_t kFewestTiles = 24, kMostTiles = 96;
+// Weights that are transformed for every patch are worth more tiles, which come from the third-level cache.
+constexpr int64_t kFreshScratchBytes = int64_t{4} << 20;
 // Weights of a block that are more than this come from memory again and again: for more tiles, then.
 constexpr int64_t kWeightBytes = int64_t{2} << 20;
 constexpr int64_t kFewestTilesOfThem = 72;
@@ -46,18 +48,45 @@ constexpr int64_t kFetchedWeights = int64_t{4} << 10;
 // Between the points' arrays: they shall not fall on each other in the cache.
 constexpr int64_t kGap = 16;
 
-int64_t tiles_at_once(const Tiles& tiles, int64_t points, int64_t inputs) {
+int64_t tiles_at_once(const Tiles& tiles, int64_t points, int64_t inputs, bool fresh) {
   const int64_t bytes = points * (inputs + kWidth) * int64_t{sizeof(float)};
   const bool large = points * inputs * kWidth * int64_t{sizeof(float)} > kWeightBytes;
   const int64_t fewest = large ? kFewestTilesOfThem : kFewestTiles;
-  const int64_t most = maximum(fewest, minimum(kMostTiles, kScratchBytes / bytes));
+  const int64_t most = fresh ? maximum(kFewestTiles, minimum(kMostTiles, kFreshScratchBytes / bytes))
+                             : maximum(fewest, minimum(kMostTiles, kScratchBytes / bytes));
   int64_t patches = ceil_div(tiles.count, most);
   if (patches > 1 && patches < kFewPatches) patches += patches % 2;
   const int64_t multiple = patches < kFewPatches ? 4 : kRows;
   return ceil_div(ceil_div(tiles.count, patches), multiple) * multiple;
 }
 
+// Winograd's form of a block's weights, where it was packed.
 template <class T, int kTile>
+class PackedPoints {
+  static constexpr int kSide = Winograd<kTile>::kPoints;
+
+ public:
+  static constexpr bool kFresh = false;
+
+  PackedPoints(const RawWeights& from, Arena&)
+      : shape_(from.shape),
+        direct_(static_cast<const T*>(from.begin)),
+        points_(reinterpret_cast<const float*>(direct_ + shape_.direct(1, 0))) {}
+
+  int64_t most_inputs() const { return shape_.inputs; }
+  int64_t apart() const { return shape_.winograd(1, 0); }
+  void place(int64_t block, int64_t, int64_t) { block_ = block; }
+  const float* row(int row) const { return points_ + shape_.winograd(row * kSide, block_); }
+  const T* direct(int64_t block, Arena&) const { return direct_ + shape_.direct(0, block); }
+
+ private:
+  const ConvWeights shape_;
+  const T* const direct_;
+  const float* const points_;
+  int64_t block_ = 0;
+};
+
+template <class T, int kTile, class Points>
 class Patch {
   using W = Winograd<kTile>;
   static constexpr int kSide = W::kPoints;
@@ -66,7 +95,7 @@ class Patch {
   Patch(const ConvAct& op, int64_t most, Arena& arena)
       : op_(op),
         weights_(weights_of(op)),
-        points_(reinterpret_cast<const float*>(static_cast<const T*>(op.weights) + weights_.direct(1, 0))),
+        points_({weights_, op.weights, op.strides}, arena),
         tiles_(op),
         inputs_(ceil_div(op.inputs, kLanes) * kLanes),
         point_(most * inputs_ + kGap),
@@ -96,14 +125,23 @@ class Patch {
 
   // y's block of channels.
   void compute(int64_t block, bool is_first) {
-    const int64_t width = weights_.width(block);
-    for (int64_t point = 0; point < kSide * kSide; ++point) {
-      const bool fetches = is_first && point + 1 < kSide * kSide && op_.inputs * width <= kFetchedWeights;
-      const float* const next = fetches ? points_ + weights_.winograd(point + 1, block) : nullptr;
-      const ConvRows<float> rows{begin_, 0, point * point_, 1, op_.inputs, next};
-      const ConvResult<float> to{nullptr, nullptr, products_ + point * product_,
-                                 kWidth,  width,   Act::kIdentity};
-      conv_block(rows, points_ + weights_.winograd(point, block), width, to, count_);
+    const int64_t width = weights_.width(block), most = points_.most_inputs();
+    const bool fetches = !Points::kFresh && is_first && op_.inputs * width <= kFetchedWeights;
+    for (int64_t first = 0; first < op_.inputs; first += most) {
+      const int64_t inputs = minimum(most, op_.inputs - first);
+      points_.place(block, first, inputs);
+      for (int row = 0; row < kSide; ++row) {
+        const float* weights = points_.row(row);
+        for (int point = row * kSide; point < (row + 1) * kSide; ++point, weights += points_.apart()) {
+          const float* const next =
+              fetches && point + 1 < kSide * kSide ? weights + points_.apart() : nullptr;
+          float* const products = products_ + point * product_;
+          const ConvRows<float> rows{begin_, 0, point * point_ + first, 1, inputs, next};
+          const ConvResult<float> to{nullptr,       first ? products : nullptr, products, kWidth, width,
+                                     Act::kIdentity};
+          conv_block(rows, weights, width, to, count_);
+        }
+      }
     }
     for (int64_t i = 0; i < count_; ++i) finish(i, block);
   }
@@ -203,15 +241,17 @@ class Patch {
   }
 
   void compute_again(int64_t pixel, int64_t rows, int64_t columns, int64_t block) const {
+    Arena arena;
+    const T* const weights = points_.direct(block, arena);
     for (int64_t row = 0; row < rows; ++row) {
       again_.place(pixel + row * op_.columns.outputs, columns);
-      again_.compute(0, block);
+      again_.compute(0, block, weights);
     }
   }
 
   const ConvAct& op_;
   const ConvWeights weights_;
-  const float* const points_;  // the weights, transformed
+  Points points_;
   const Tiles tiles_;
   const int64_t inputs_;   // up to whole vectors
   const int64_t point_;    // from one point's transformed values to the next one's
@@ -224,20 +264,29 @@ class Patch {
   int64_t count_ = 0;
 };
 
-template <class T, int kTile>
+template <class T, int kTile, class Points>
 void winograd(const ConvAct& op) {
   constexpr int64_t kPoints = Winograd<kTile>::kPoints * Winograd<kTile>::kPoints;
   const Tiles tiles(op);
-  const int64_t blocks = weights_of(op).blocks(), most = tiles_at_once(tiles, kPoints, op.inputs);
+  const int64_t blocks = weights_of(op).blocks(),
+                most = tiles_at_once(tiles, kPoints, op.inputs, Points::kFresh);
   parallel(ceil_div(tiles.count, most) * blocks, most * kPoints * op.inputs, [&](int64_t begin, int64_t end) {
     Arena arena;
-    Patch<T, kTile> patch(op, most, arena);
+    Patch<T, kTile, Points> patch(op, most, arena);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / blocks * most, block = i % blocks;
       if (i == begin || block == 0) patch.place(first, minimum(most, tiles.count - first));
       patch.compute(block, i - begin < blocks);
     }
   });
+}
+
+template <class T, int kTile>
+void winograd(const ConvAct& op) {
+  if (op.strides)
+    winograd<T, kTile, FreshPoints<T, kTile>>(op);
+  else
+    winograd<T, kTile, PackedPoints<T, kTile>>(op);
 }
 
 }  // namespace

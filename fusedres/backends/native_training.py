@@ -72,8 +72,6 @@ for _name, _fake in (
 
 # Fewer tiles of 4 are products of too few terms for their errors to vanish among those of the sum.
 _FEWEST_TILES = 64
-# Of winograd_tile: reading a weight, and transforming it first.
-_FRESH_READ = 45
 
 
 class Tiles(NamedTuple):
@@ -210,8 +208,8 @@ def _counted(
     of_y = of_dx = of_dweight = 1
     if winograd and _has_winograd(kernel, geometry):
         rows, columns = geometry.output_size(_KERNEL, height, width)
-        of_y = winograd_tile(inputs, outputs, images, rows, columns, dtype, read=_FRESH_READ)
-        of_dx = winograd_tile(outputs, inputs, images, height, width, dtype, read=_FRESH_READ)
+        of_y = winograd_tile(inputs, outputs, images, rows, columns, dtype)
+        of_dx = winograd_tile(outputs, inputs, images, height, width, dtype)
         of_dweight = winograd_tile(inputs, outputs, images, rows, columns, dtype)
         if of_dweight == 4 and not _are_enough(images, rows, columns):
             of_dweight = 2

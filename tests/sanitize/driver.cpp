@@ -159,13 +159,16 @@ class Round {
     const int64_t filter = weights.inputs * rows.kernel * columns.kernel,
                   bytes = weights.elements() * size_of(dtype_);
     const int64_t strides[] = {filter, rows.kernel * columns.kernel, columns.kernel, 1};
+    const void* const weight = arrays_.filled(outputs * filter, dtype_);
     void* const packed = arrays_.aligned(bytes);
-    conv_pack(weights, arrays_.filled(outputs * filter, dtype_), strides, packed, bytes);
+    conv_pack(weights, weight, strides, packed, bytes);
+    const bool fresh = tile > 1 && draw(2);
     void* const y = arrays_.filled(images * rows.outputs * columns.outputs * outputs, dtype_);
     const void* const x = arrays_.filled(images * rows.size * columns.size * inputs, dtype_);
     const auto* const bias = static_cast<const float*>(arrays_.maybe(outputs, DType::kFloat32));
-    variant_.conv_act({images, inputs, outputs, groups, tile, rows, columns, dtype_, act_, x, packed, bias,
-                       draw(2) ? y : nullptr, y});
+    variant_.conv_act({images, inputs, outputs, groups, tile, rows, columns, dtype_, act_, x,
+                       fresh ? weight : packed, bias, draw(2) ? y : nullptr, y, nullptr,
+                       fresh ? strides : nullptr});
   }
 
   void conv_repack() {
