@@ -6,16 +6,6 @@ namespace {
 constexpr int kLanes = Vec<float>::kLanes;
 constexpr int64_t kMostSteps = 160;  // of a run
 constexpr int64_t kBlockRows = 128;  // outputs of a block of dweight
-constexpr int64_t kMostGroups = 16;
-constexpr int64_t kGroupBytes = int64_t{4} << 20;  // of all groups' sums
-
-// A power of two, which divides well between threads.
-int64_t groups_of(int64_t runs, int64_t bytes) {
-  int64_t groups = 1;
-  while (2 * groups <= minimum(runs, kMostGroups) && 2 * groups * bytes <= kGroupBytes) groups *= 2;
-  return groups;
-}
-
 // dweight[o][tap][i] = the sum over pixels p of dy[p][o] * x[what p's window sees at the tap][i]
 //
 // The steps come in runs: a block's sums over a run stay in registers. The runs come in groups, each of which
@@ -31,7 +21,7 @@ class Direct {
         steps_(pairs_.steps()),
         runs_(ceil_div(steps_, kMostSteps)),
         length_(ceil_div(steps_, runs_)),
-        groups_(groups_of(runs_, size_ * int64_t{sizeof(float)})),
+        groups_(groups_of(runs_, size_)),
         blocks_of_channels_(ceil_div(pairs_.channels(), kSumColumns)),
         blocks_of_x_(pairs_.points() * blocks_of_channels_),
         blocks_(ceil_div(op.outputs, kBlockRows) * blocks_of_x_) {}
@@ -48,14 +38,7 @@ class Direct {
       sum_up(0, groups_);
     else
       parallel(groups_, size_ * length_, sum_up);
-    if (groups_ == 1) return;
-    parallel(ceil_div(size_, kLanes), groups_ * kLanes, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin * kLanes; i < minimum(end * kLanes, size_); i += kLanes)
-        if (i + kLanes <= size_)
-          add(others + i, op_.dweight + i, AllLanes{});
-        else
-          add(others + i, op_.dweight + i, FirstLanes{static_cast<int>(size_ - i)});
-    });
+    merge_groups(op_.dweight, others, size_, groups_);
   }
 
  private:
@@ -70,13 +53,6 @@ class Direct {
       parallel(blocks_, kBlockRows * kSumColumns * length_,
                [&](int64_t begin, int64_t end) { compute(operands, run, begin, end, run == first, sums); });
     }
-  }
-
-  template <class Lanes>
-  FUSEDRES_INLINE void add(const float* others, float* to, Lanes lanes) const {
-    Vec<float> sum = load(to, lanes);
-    for (int64_t group = 1; group < groups_; ++group, others += size_) sum = sum + load(others, lanes);
-    store(to, sum, lanes);
   }
 
   // What a run adds to blocks [begin, end) of dweight, while the next one comes into the cache.
