@@ -84,15 +84,15 @@ MOST_ERROR = {1: 1e-6, 2: 1e-6, 4: 2e-6, 7: 2e-5}
 
 
 class Case:
-    """Random operands of one shape in bfloat16, with eager's gradient in any dtype."""
+    """Random operands of one shape, with eager's gradient in any dtype."""
 
-    def __init__(self, shape: Shape, positive: bool = False) -> None:
+    def __init__(self, shape: Shape, positive: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
         g = torch.Generator().manual_seed(0)
         self.shape = shape
         x = torch.randn(shape.images, shape.inputs, *shape.size, generator=g)
         dy = torch.randn(shape.images, shape.outputs, shape.outputs_of(0), shape.outputs_of(1), generator=g)
-        self.x = channels_last((x.relu_() if positive else x).bfloat16())
-        self.dy = channels_last(dy.bfloat16())
+        self.x = channels_last((x.relu_() if positive else x).to(dtype))
+        self.dy = channels_last(dy.to(dtype))
 
     def found(self, tile: int) -> Tensor:
         return conv_dweight(self.dy, self.x, *self.shape.windows, tile)
@@ -107,9 +107,13 @@ class Case:
         return dweight
 
 
-@pytest.mark.parametrize("shape, tile", FORMS, ids=repr)
-def test_it_is_the_formula_in_fp64(shape, tile):
-    case = Case(shape)
+@pytest.mark.parametrize(
+    "shape, tile, dtype",
+    [(*form, torch.bfloat16) for form in FORMS] + [(shape, 1, torch.float32) for shape in DIRECT],
+    ids=repr,
+)
+def test_it_is_the_formula_in_fp64(shape, tile, dtype):
+    case = Case(shape, dtype=dtype)
     found, exact = case.found(tile), case.eager()
     assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
     assert relative_error(found, exact) <= MOST_ERROR[tile]
@@ -135,9 +139,26 @@ def test_errors_are_far_below_those_of_eager_which_rounds_to_bfloat16(shape, til
     assert relative_error(case.found(tile), exact) <= relative_error(case.eager(torch.bfloat16), exact) / 50
 
 
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(64, 128, size=(28, 28), stride=(2, 2), images=4),
+        Shape(64, 256, (1, 1), (56, 56), padding=(0, 0)),
+        Shape(512, 64, (1, 1), (7, 7), padding=(0, 0), images=16),
+    ],
+    ids=repr,
+)
+def test_errors_in_float32_are_not_above_those_of_eager(shape, positive):
+    case = Case(shape, positive, torch.float32)
+    exact = case.eager()
+    assert relative_error(case.found(1), exact) <= 1.1 * relative_error(case.eager(torch.float32), exact)
+
+
 def test_it_is_the_same_bits_whatever_the_threads():
     threads = torch.get_num_threads()
-    cases = [(Case(shape), 1) for shape in (DIRECT[-1], DIRECT[-2], DIRECT[-3], DIRECT[6])]
+    direct = DIRECT[-1], DIRECT[-2], DIRECT[-3], DIRECT[6]
+    cases = [(Case(shape, dtype=dtype), 1) for shape in direct for dtype in (torch.bfloat16, torch.float32)]
     cases += [(Case(shape), tile) for shape in WINOGRAD[-3::2] for tile in (2, 4, 7)]
     first = [case.found(tile) for case, tile in cases]
     try:
@@ -204,8 +225,6 @@ def test_what_the_kernels_cant_read_is_refused():
     for other in (replace(shape, kernel=(3, 1)), replace(shape, stride=(1, 2)), replace(shape, dilation=(2, 1))):
         with pytest.raises(RuntimeError, match="tiles are for 3x3 windows of stride and dilation 1"):
             conv_dweight(case.dy, case.x, *other.windows, 2)
-    with pytest.raises(RuntimeError, match="without tiles it takes bfloat16"):
-        wide.found(1)
     for given, tile in ((case, 3), (case, 0), (wide, 7)):
         with pytest.raises(RuntimeError, match=f"the tile must be 1, 2, 4 or, in bfloat16, 7; got {tile}"):
             given.found(tile)
@@ -215,5 +234,4 @@ def test_opcheck_without_exemptions():
     for shape, tile in ((Shape(8, 20, size=(9, 7)), 4), (Shape(8, 20, (1, 1), padding=(0, 0)), 1)):
         case = Case(shape)
         for x, dy in ((case.x, case.dy), (case.x.float(), case.dy.float())):
-            if tile > 1 or x.dtype == torch.bfloat16:
-                torch.library.opcheck(torch.ops.fusedres_native.conv_dweight.default, (dy, x, *shape.windows, tile))
+            torch.library.opcheck(torch.ops.fusedres_native.conv_dweight.default, (dy, x, *shape.windows, tile))

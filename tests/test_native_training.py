@@ -291,21 +291,23 @@ def test_the_kernels_are_asked_where_they_save_work(monkeypatch):
         "a group here has 2": {"group_outputs": 2},
         "for cuda tensors": {"device": "cuda"},
     }
-    slower = (
+    elsewhere = (
         {"geometry": Geometry((2, 2), (1, 1))},
         {"geometry": Geometry(padding=(2, 2), dilation=(2, 2))},
         {"geometry": Geometry(padding=(3, 1))},
         {"weight_sizes": (64, 64, 1, 1), "geometry": Geometry()},
-        {"sizes": (1, 512, 3, 3), "weight_sizes": (512, 512, 3, 3)},
-        {"sizes": (8, 3, 56, 56), "weight_sizes": (64, 3, 3, 3)},
     )
     for reason, changes in refused.items():
         assert reason in (native.objection(request(shape, **changes)) or "")
-    for changes in slower:
-        assert "aten is as fast" in (native.objection(request(shape, **changes)) or ""), changes
-        assert dispatch.convolving(request(shape, **changes)) is reference.BACKEND
+    for changes in elsewhere:
+        asked = request(shape, **changes)
+        assert native_training.tiles(asked.sizes, asked.weight_sizes, asked.geometry) == (0, 0, 1), changes
+    few = request(shape, sizes=(8, 3, 56, 56), weight_sizes=(64, 3, 3, 3))
+    assert "aten is as fast" in (native.objection(few) or "")
+    assert dispatch.convolving(few) is reference.BACKEND
+    asked = request(shape)
     monkeypatch.setenv("FUSEDRES_WINOGRAD", "0")
-    assert "aten is as fast" in (native.objection(request(shape)) or "")
+    assert native_training.tiles(asked.sizes, asked.weight_sizes, asked.geometry) == (0, 0, 1)
 
 
 def test_a_forced_backend_without_convolutions_leaves_them_to_aten():

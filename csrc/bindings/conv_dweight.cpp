@@ -25,11 +25,7 @@ struct Windows {
 };
 
 void require_form(DType dtype, const Windows& windows, int64_t tile) {
-  if (tile == 1) {
-    STD_TORCH_CHECK(dtype == DType::kBFloat16,
-                    "conv_dweight: without tiles it takes bfloat16; call aten's operator in float32");
-    return;
-  }
+  if (tile == 1) return;
   STD_TORCH_CHECK(tile == 2 || tile == 4 || (tile == 7 && dtype == DType::kBFloat16),
                   "conv_dweight: the tile must be 1, 2, 4 or, in bfloat16, 7; got ", tile);
   STD_TORCH_CHECK(windows.of_winograd(0) && windows.of_winograd(1),

@@ -1,3 +1,4 @@
+#include "conv_dweight_groups.h"
 #include "conv_dweight_pairs.h"
 
 namespace fusedres::FUSEDRES_ISA {
@@ -6,39 +7,40 @@ namespace {
 constexpr int kLanes = Vec<float>::kLanes;
 constexpr int64_t kMostSteps = 160;  // of a run
 constexpr int64_t kBlockRows = 128;  // outputs of a block of dweight
+
 // dweight[o][tap][i] = the sum over pixels p of dy[p][o] * x[what p's window sees at the tap][i]
 //
 // The steps come in runs: a block's sums over a run stay in registers. The runs come in groups, each of which
 // has its own dweight, and these are added up in the end. Where there are fewer groups than threads, these
 // share each run's steps and then its blocks; the result is the same bits.
+template <class T>
 class Direct {
  public:
   explicit Direct(const ConvDweight& op)
       : op_(op),
-        pairs_(op),
-        stride_(pairs_.window()),
+        placing_(op),
+        stride_(placing_.window()),
         size_(op.outputs * stride_),
-        steps_(pairs_.steps()),
+        steps_(placing_.steps()),
         runs_(ceil_div(steps_, kMostSteps)),
         length_(ceil_div(steps_, runs_)),
-        groups_(groups_of(runs_, size_)),
-        blocks_of_channels_(ceil_div(pairs_.channels(), kSumColumns)),
-        blocks_of_x_(pairs_.points() * blocks_of_channels_),
+        groups_(Groups::count_for(runs_, size_)),
+        blocks_of_channels_(ceil_div(placing_.channels(), kSumColumns)),
+        blocks_of_x_(placing_.points() * blocks_of_channels_),
         blocks_(ceil_div(op.outputs, kBlockRows) * blocks_of_x_) {}
 
   void run() const {
     Arena arena;
-    float* const others = arena.take<float>((groups_ - 1) * size_);
+    const Groups groups(groups_, size_, op_.dweight, arena);
     auto sum_up = [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group)
-        add_runs(group * runs_ / groups_, (group + 1) * runs_ / groups_,
-                 group ? others + (group - 1) * size_ : op_.dweight);
+        add_runs(group * runs_ / groups_, (group + 1) * runs_ / groups_, groups.at(group));
     };
     if (groups_ < op_.threads)
       sum_up(0, groups_);
     else
       parallel(groups_, size_ * length_, sum_up);
-    merge_groups(op_.dweight, others, size_, groups_);
+    groups.add_up();
   }
 
  private:
@@ -46,20 +48,20 @@ class Direct {
 
   void add_runs(int64_t first, int64_t last, float* sums) const {
     Arena arena;
-    const Pairs::Operands operands = pairs_.operands(length_, arena);
+    const typename Placing<T>::Operands operands = placing_.operands(length_, arena);
     for (int64_t run = first; run < last; ++run) {
       parallel(steps_of(run), stride_ + op_.outputs,
-               [&](int64_t begin, int64_t end) { pairs_.place(operands, run * length_, begin, end); });
+               [&](int64_t begin, int64_t end) { placing_.place(operands, run * length_, begin, end); });
       parallel(blocks_, kBlockRows * kSumColumns * length_,
                [&](int64_t begin, int64_t end) { compute(operands, run, begin, end, run == first, sums); });
     }
   }
 
   // What a run adds to blocks [begin, end) of dweight, while the next one comes into the cache.
-  void compute(const Pairs::Operands& from, int64_t run, int64_t begin, int64_t end, bool fresh,
+  void compute(const typename Placing<T>::Operands& from, int64_t run, int64_t begin, int64_t end, bool fresh,
                float* dweight) const {
     const int64_t slices = blocks_of_x_ * ceil_div(op_.outputs, kSumRows);
-    const Ahead ahead = pairs_.ahead((run + 1) * length_, length_, slices);
+    const Ahead<T> ahead = placing_.ahead((run + 1) * length_, length_, slices);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t of_x = block % blocks_of_x_, first = block / blocks_of_x_ * kBlockRows;
       const int64_t point = of_x / blocks_of_channels_, input = of_x % blocks_of_channels_ * kSumColumns;
@@ -68,8 +70,8 @@ class Direct {
       for (int64_t output = first; output < last; output += kSumRows, ++slice)
         add_product(from.dy.from(0, output, 0), from.x.from(point, input, 0), steps_of(run), ahead, slice,
                     fresh,
-                    {dweight + output * stride_ + point * pairs_.channels() + input, last - output,
-                     pairs_.channels() - input});
+                    {dweight + output * stride_ + point * placing_.channels() + input, last - output,
+                     placing_.channels() - input});
     }
   }
 
@@ -79,12 +81,12 @@ class Direct {
     int64_t rows, columns;
   };
 
-  FUSEDRES_INLINE void add_product(const Steps<BFloat16>& dy, const Steps<BFloat16>& x, int64_t steps,
-                                   const Ahead& ahead, int64_t slice, bool fresh, const Sums& to) const {
+  FUSEDRES_INLINE void add_product(const Steps<T>& dy, const Steps<T>& x, int64_t steps,
+                                   const Ahead<T>& ahead, int64_t slice, bool fresh, const Sums& to) const {
     for (int64_t row = 0; row < minimum<int64_t>(to.rows, kSumRows); ++row)
       for (int64_t column = 0; column < minimum(to.columns, kSumColumns); column += kPanel)
         __builtin_prefetch(to.begin + row * stride_ + column, 1);
-    const BFloat16* const next = ahead.at(slice);
+    const T* const next = ahead.at(slice);
     const int64_t pace = ceil_div(ahead.slice, length_);
     multiply(
         dy, x, steps,
@@ -103,7 +105,7 @@ class Direct {
   }
 
   const ConvDweight& op_;
-  const Pairs pairs_;
+  const Placing<T> placing_;
   const int64_t stride_, size_;  // of dweight: from an output to the next one, and of all
   const int64_t steps_, runs_;
   const int64_t length_;  // steps of a run
@@ -120,7 +122,13 @@ bool conv_dweight(const ConvDweight& op) {
     return true;
   }
   if (op.tile > 1) return conv_dweight_winograd(op);
-  Direct(op).run();
+#if !defined(__AVX512BF16__)
+  if (op.dtype == DType::kFloat32) {
+    Direct<float>(op).run();
+    return true;
+  }
+#endif
+  Direct<BFloat16>(op).run();
   return true;
 }
 

@@ -1,6 +1,6 @@
-// The operands of conv_dweight's direct form. A step is two neighbouring pixels of dy, across rows and
-// images, and what their windows see of x; a point is a tap of the window. Where there are few inputs the
-// whole window is one point, and a tap is one of its rows.
+// The operands of conv_dweight's direct form. A step is a pixel of dy, in bfloat16 two neighbouring ones,
+// across rows and images, and what their windows see of x; a point is a tap of the window. Where there are
+// few inputs the whole window is one point, and a tap is one of its rows.
 #pragma once
 
 #include "conv_dweight.h"
@@ -8,75 +8,85 @@
 namespace fusedres::FUSEDRES_ISA {
 
 // What is wanted soon, to be brought into the cache by equal slices.
+template <class T>
 struct Ahead {
-  const BFloat16 *dy, *x;
+  const T *dy, *x;
   int64_t of_dy, of_x;  // values
   int64_t slice;        // values
 
-  const BFloat16* at(int64_t i) const {
+  const T* at(int64_t i) const {
     const int64_t value = i * slice;
     return value < of_dy ? dy + value : x + minimum(value - of_dy, of_x);
   }
 };
 
-class Pairs {
+template <class T>
+class Placing {
+  static constexpr int64_t kPixels = Product<T>::kInputs;  // of a step
+
  public:
-  explicit Pairs(const ConvDweight& op)
+  explicit Placing(const ConvDweight& op)
       : op_(op),
-        x_(static_cast<const BFloat16*>(op.x)),
-        dy_(static_cast<const BFloat16*>(op.dy)),
+        x_(static_cast<const T*>(op.x)),
+        dy_(static_cast<const T*>(op.dy)),
         flat_(op.inputs < kPanel),
         across_(flat_ ? op.columns.kernel : 1),
         values_(across_ * op.inputs),
         pixels_(op.images * op.rows.outputs * op.columns.outputs) {}
 
-  int64_t steps() const { return ceil_div(pixels_, 2); }
+  int64_t steps() const { return ceil_div(pixels_, kPixels); }
   int64_t window() const { return op_.rows.kernel * op_.columns.kernel * op_.inputs; }
   int64_t points() const { return flat_ ? 1 : op_.rows.kernel * op_.columns.kernel; }
   int64_t channels() const { return window() / points(); }
 
   // Room for so many steps.
   struct Operands {
-    Panels<BFloat16> x, dy;
-    const BFloat16* zeros;
+    Panels<T> x, dy;
+    const T* zeros;
   };
   Operands operands(int64_t steps, Arena& arena) const {
     Operands to{{channels(), steps, flat_, nullptr}, {op_.outputs, steps, false, nullptr}, nullptr};
-    to.x.begin = arena.take<BFloat16>(points() * to.x.point());
-    to.dy.begin = arena.take<BFloat16>(to.dy.point());
+    to.x.begin = arena.take<T>(points() * to.x.point());
+    to.dy.begin = arena.take<T>(to.dy.point());
     const int64_t most = maximum(values_, op_.outputs);
-    auto* const zeros = arena.take<BFloat16>(most);
+    auto* const zeros = arena.take<T>(most);
     for (int64_t i = 0; i < most; ++i) zeros[i] = {};
     to.zeros = zeros;
     return to;
   }
 
-  // Steps [begin, end) of those from `first` on. The last one of all may have one pixel.
+  // Steps [begin, end) of those from `first` on. The last one of all may have pixels that aren't there.
   void place(const Operands& to, int64_t first, int64_t begin, int64_t end) const {
     Arena arena;
-    BFloat16* const copies = flat_ ? arena.take<BFloat16>(2 * values_) : nullptr;
-    int64_t pixel = 2 * (first + begin);
-    Pixel one = pixel_at(pixel), other = after(one);
-    for (int64_t step = begin; step < end; ++step, pixel += 2, one = after(other), other = after(one)) {
-      const BFloat16* const dy = dy_ + pixel * op_.outputs;
-      place_pair(dy, pixel + 1 < pixels_ ? dy + op_.outputs : to.zeros, op_.outputs, to.dy.at(0, 0, step),
-                 to.dy.panel());
-      const Window window = window_of(one), other_window = window_of(other);
-      BFloat16* at = to.x.at(0, 0, step);
+    T* const copies = flat_ ? arena.take<T>(kPixels * values_) : nullptr;
+    int64_t pixel = kPixels * (first + begin);
+    Pixel next = pixel_at(pixel);
+    for (int64_t step = begin; step < end; ++step) {
+      const T* from[kPixels];
+      Window windows[kPixels];
+      for (int64_t i = 0; i < kPixels; ++i, ++pixel, next = after(next)) {
+        from[i] = pixel < pixels_ ? dy_ + pixel * op_.outputs : to.zeros;
+        windows[i] = window_of(next);
+      }
+      place_step(from, op_.outputs, to.dy.at(0, 0, step), to.dy.panel());
+      T* at = to.x.at(0, 0, step);
       for (int64_t i = 0; i < op_.rows.kernel; ++i)
-        for (int64_t j = 0; j < op_.columns.kernel; j += across_, at += flat_ ? 2 * values_ : to.x.point()) {
-          const BFloat16* const from = tap(window, i, j, to.zeros, copies);
-          place_pair(from, tap(other_window, i, j, to.zeros, copies + values_), values_, at, to.x.panel());
+        for (int64_t j = 0; j < op_.columns.kernel;
+             j += across_, at += flat_ ? kPixels * values_ : to.x.point()) {
+          for (int64_t k = 0; k < kPixels; ++k)
+            from[k] = tap(windows[k], i, j, to.zeros, copies + k * values_);
+          place_step(from, values_, at, to.x.panel());
         }
     }
   }
 
   // What `steps` from `first` on read for the first time: the last taps of their windows. Where windows leave
   // gaps, it is too little of what lies there.
-  Ahead ahead(int64_t first, int64_t steps, int64_t slices) const {
-    const int64_t begin = minimum(2 * first, pixels_ - 1), end = minimum(2 * (first + steps), pixels_);
+  Ahead<T> ahead(int64_t first, int64_t steps, int64_t slices) const {
+    const int64_t begin = minimum(kPixels * first, pixels_ - 1);
+    const int64_t end = minimum(kPixels * (first + steps), pixels_);
     const bool gaps = op_.rows.kernel < op_.rows.stride;
-    const BFloat16* const x = last_tap(begin);
+    const T* const x = last_tap(begin);
     const int64_t of_x = gaps || end <= begin ? 0 : last_tap(end - 1) + op_.inputs - x;
     const int64_t of_dy = maximum<int64_t>(0, end - begin) * op_.outputs;
     return {dy_ + begin * op_.outputs, x, of_dy, of_x, ceil_div(of_dy + of_x, slices)};
@@ -97,11 +107,9 @@ class Pairs {
     return {pixel.image + 1, 0, 0};
   }
 
-  const BFloat16* image(int64_t index) const {
-    return x_ + index * op_.rows.size * op_.columns.size * op_.inputs;
-  }
+  const T* image(int64_t index) const { return x_ + index * op_.rows.size * op_.columns.size * op_.inputs; }
 
-  const BFloat16* last_tap(int64_t pixel) const {
+  const T* last_tap(int64_t pixel) const {
     auto inside = [](const ConvAxis& axis, int64_t o) {
       return minimum(maximum<int64_t>(0, axis.place(o, axis.kernel - 1)), axis.size - 1);
     };
@@ -111,9 +119,9 @@ class Pairs {
   }
 
   struct Window {
-    const BFloat16* image;  // null: a pixel that isn't there
-    int64_t row, column;    // where it begins
-    bool whole;             // inside x, each tap in one piece
+    const T* image;       // null: a pixel that isn't there
+    int64_t row, column;  // where it begins
+    bool whole;           // inside x, each tap in one piece
   };
   Window window_of(const Pixel& pixel) const {
     const ConvAxis &rows = op_.rows, &columns = op_.columns;
@@ -127,42 +135,47 @@ class Pairs {
   }
 
   // Where a tap lies in x, or zeros, or a copy with zeros beyond the border.
-  FUSEDRES_INLINE const BFloat16* tap(const Window& window, int64_t i, int64_t j, const BFloat16* zeros,
-                                      BFloat16* copy) const {
+  FUSEDRES_INLINE const T* tap(const Window& window, int64_t i, int64_t j, const T* zeros, T* copy) const {
     const ConvAxis &rows = op_.rows, &columns = op_.columns;
     const int64_t row = window.row + i * rows.dilation, column = window.column + j * columns.dilation;
     if (window.whole) return window.image + (row * columns.size + column) * op_.inputs;
     if (!window.image || !rows.inside(row)) return zeros;
-    const BFloat16* const x_row = window.image + row * columns.size * op_.inputs;
+    const T* const x_row = window.image + row * columns.size * op_.inputs;
     if (!flat_) return columns.inside(column) ? x_row + column * op_.inputs : zeros;
     copy_row(x_row, column, copy);
     return copy;
   }
-  void copy_row(const BFloat16* x_row, int64_t column, BFloat16* to) const {
+  void copy_row(const T* x_row, int64_t column, T* to) const {
     for (int64_t j = 0; j < across_; ++j, column += op_.columns.dilation)
       for (int64_t i = 0; i < op_.inputs; ++i, ++to)
-        *to = op_.columns.inside(column) ? x_row[column * op_.inputs + i] : BFloat16{};
+        *to = op_.columns.inside(column) ? x_row[column * op_.inputs + i] : T{};
   }
 
-  // Each channel's values of two pixels side by side, in panels. What fills up the last panel is multiplied,
-  // and not stored.
-  FUSEDRES_INLINE static void place_pair(const BFloat16* one, const BFloat16* other, int64_t count,
-                                         BFloat16* to, int64_t panel) {
+  // Each channel's values of a step's pixels side by side, in panels. What fills up the last panel is
+  // multiplied, and not stored.
+  FUSEDRES_INLINE static void place_step(const T* const* from, int64_t count, T* to, int64_t panel) {
     constexpr int64_t kLanes = Vec<float>::kLanes;
     auto place = [&](int64_t i, auto lanes) FUSEDRES_INLINE_LAMBDA {
-      const Words low = bit_cast<Words>(load(one + i, lanes).v) >> 16;
-      const Words pairs = low | bit_cast<Words>(load(other + i, lanes).v);
-      store(reinterpret_cast<float*>(to + i % kPanel * 2), Vec<float>{bit_cast<Vec<float>::Native>(pairs)},
-            lanes);
+      store(reinterpret_cast<float*>(to + i % kPanel * kPixels), side_by_side(from, i, lanes), lanes);
     };
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes, to += i % kPanel ? 0 : panel) place(i, AllLanes{});
     if (i < count) place(i, FirstLanes{static_cast<int>(count - i)});
   }
 
+  template <class Lanes>
+  FUSEDRES_INLINE static Vec<float> side_by_side(const float* const* from, int64_t i, Lanes lanes) {
+    return load(from[0] + i, lanes);
+  }
+  template <class Lanes>
+  FUSEDRES_INLINE static Vec<float> side_by_side(const BFloat16* const* from, int64_t i, Lanes lanes) {
+    const Words low = bit_cast<Words>(load(from[0] + i, lanes).v) >> 16;
+    return {bit_cast<Vec<float>::Native>(low | bit_cast<Words>(load(from[1] + i, lanes).v))};
+  }
+
   const ConvDweight& op_;
-  const BFloat16* const x_;
-  const BFloat16* const dy_;
+  const T* const x_;
+  const T* const dy_;
   const bool flat_;
   const int64_t across_;  // columns of a tap
   const int64_t values_;  // of a tap

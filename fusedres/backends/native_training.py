@@ -8,9 +8,9 @@
 channels_last, float32 or bfloat16 with sums in float32, the bias always in float32. A tile of 1 is the direct form, of
 2, 4 or 7 Winograd's (see `native_convolution`). The weight is packed in every call, so that it is never out of date.
 
-By the rule, counted work chooses; in float32 it leaves the direct form to aten, which comes as close to what the
-machine can do. Times that `fusedres.tune` took choose instead where there are any, for each result by itself. They are
-read once, so that a choice holds for the process; nothing is measured here.
+By the rule, counted work chooses; in float32 it leaves the direct form of y and dx to aten, which comes as close to
+what the machine can do. Times that `fusedres.tune` took choose instead where there are any, for each result by itself.
+They are read once, so that a choice holds for the process; nothing is measured here.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ for _name, _fake in (
 
 # Fewer tiles of 4 are products of too few terms for their errors to vanish among those of the sum.
 _FEWEST_TILES = 64
+# So many fill a vector of dweight's direct form; of fewer its rows are whole windows.
+_MANY_INPUTS = 16
 
 
 class Tiles(NamedTuple):
@@ -152,7 +154,8 @@ def candidates(problem: Problem) -> dict[str, int]:
     """The tiles that may compute it by name, first the one that the rule names."""
     counted = _counted(problem.sizes, problem.weight_sizes, problem.geometry, problem.dtype, winograd_is_on())
     which = ("y", "dx", "dweight").index(problem.result.partition("+")[0])
-    tiles = _by_rule(counted, problem.dtype)[which], 0, *_own(problem, counted[which])
+    rule = _by_rule(counted, problem.weight_sizes[1], problem.dtype)[which]
+    tiles = rule, 0, *_own(problem, counted[which])
     return {name_of(tile): tile for tile in dict.fromkeys(tiles)}
 
 
@@ -166,6 +169,8 @@ def _own(problem: Problem, counted: int) -> Iterator[int]:
     kernel = weight_sizes[2:]
     if dtype is torch.float32:  # of few terms, and direct, sums lose up to ten times as much as aten's
         yield from (tile for tile in tiles_of(dtype) if tile <= counted)
+        if result == "dweight" and geometry.groups == 1:  # but for those over pixels, which are added up in runs
+            yield 1
         return
     if geometry.groups > 1 or (result.startswith("dx") and not _has_dx(kernel, geometry)):
         return
@@ -194,8 +199,12 @@ def forget() -> None:
     _tiles.cache_clear()
 
 
-def _by_rule(counted: Tiles, dtype: torch.dtype) -> Tiles:
-    return Tiles(0, 0, 0) if dtype is torch.float32 and min(counted) <= 1 else counted
+def _by_rule(counted: Tiles, inputs: int, dtype: torch.dtype) -> Tiles:
+    """In float32 aten has the direct form, but for weights of many inputs."""
+    if dtype is not torch.float32:
+        return counted
+    of_y, of_dx, of_dweight = (0 if tile == 1 else tile for tile in counted)
+    return Tiles(of_y, of_dx, of_dweight or (counted.of_dweight if inputs >= _MANY_INPUTS else 0))
 
 
 def _counted(
