@@ -294,7 +294,6 @@ def test_the_kernels_are_asked_where_they_save_work(monkeypatch):
     elsewhere = (
         {"geometry": Geometry((2, 2), (1, 1))},
         {"geometry": Geometry(padding=(2, 2), dilation=(2, 2))},
-        {"geometry": Geometry(padding=(3, 1))},
         {"weight_sizes": (64, 64, 1, 1), "geometry": Geometry()},
     )
     for reason, changes in refused.items():
@@ -302,6 +301,8 @@ def test_the_kernels_are_asked_where_they_save_work(monkeypatch):
     for changes in elsewhere:
         asked = request(shape, **changes)
         assert native_training.tiles(asked.sizes, asked.weight_sizes, asked.geometry) == (0, 0, 1), changes
+    beyond = request(shape, geometry=Geometry(padding=(3, 1)))
+    assert native_training.tiles(beyond.sizes, beyond.weight_sizes, beyond.geometry) == (4, 0, 4)
     few = request(shape, sizes=(8, 3, 56, 56), weight_sizes=(64, 3, 3, 3))
     assert "aten is as fast" in (native.objection(few) or "")
     assert dispatch.convolving(few) is reference.BACKEND

@@ -39,7 +39,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shape", DWEIGHT, ids=repr)
 def test_dweight_is_the_formula_in_fp64(shape):
-    dweight.test_it_is_the_formula_in_fp64(shape, 1)
+    dweight.test_it_is_the_formula_in_fp64(shape, 1, torch.bfloat16)
 
 
 ERRORS = (
@@ -77,7 +77,7 @@ def test_nothing_beyond_x_and_dy_is_read(shape):
 
 
 def test_dweight_is_the_same_bits_whatever_the_threads():
-    dweight.test_it_is_the_same_bits_whatever_the_threads()
+    dweight.test_it_is_the_same_bits_whatever_the_threads(torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_without_images_dweight_is_zero(tile):
 
 
 def test_winograds_dweight_is_left_to_the_vector_unit():
-    dweight.test_it_is_the_formula_in_fp64(dweight.WINOGRAD[1], 7)
+    dweight.test_it_is_the_formula_in_fp64(dweight.WINOGRAD[1], 7, torch.bfloat16)
 
 
 @pytest.mark.parametrize("shape", [*training.DIRECT, training.TILED[0]], ids=repr)

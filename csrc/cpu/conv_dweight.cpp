@@ -5,8 +5,10 @@ namespace fusedres::FUSEDRES_ISA {
 namespace {
 
 constexpr int kLanes = Vec<float>::kLanes;
-constexpr int64_t kMostSteps = 160;  // of a run
-constexpr int64_t kBlockRows = 128;  // outputs of a block of dweight
+template <class T>
+constexpr int64_t kMostSteps =
+    sizeof(T) == sizeof(float) ? 64 : 160;  // of a run: longer sums lose more digits
+constexpr int64_t kBlockRows = 128;         // outputs of a block of dweight
 
 // dweight[o][tap][i] = the sum over pixels p of dy[p][o] * x[what p's window sees at the tap][i]
 //
@@ -22,7 +24,7 @@ class Direct {
         stride_(placing_.window()),
         size_(op.outputs * stride_),
         steps_(placing_.steps()),
-        runs_(ceil_div(steps_, kMostSteps)),
+        runs_(ceil_div(steps_, kMostSteps<T>)),
         length_(ceil_div(steps_, runs_)),
         groups_(Groups::count_for(runs_, size_)),
         blocks_of_channels_(ceil_div(placing_.channels(), kSumColumns)),

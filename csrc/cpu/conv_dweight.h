@@ -85,36 +85,6 @@ FUSEDRES_INLINE void multiply(const Steps<T>& dy, const Steps<T>& x, int64_t ste
     for (int v = 0; v < kSumVectors; ++v) finish(row, v, sum[row][v]);
 }
 
-constexpr int64_t kMostGroups = 16;
-constexpr int64_t kGroupBytes = int64_t{4} << 20;  // of all groups' sums
-
-// The runs of a small dweight's steps come in groups, each with sums of its own: threads share nothing, and
-// the bits don't depend on them. A power of two, which divides well between threads.
-inline int64_t groups_of(int64_t runs, int64_t size) {
-  const int64_t bytes = size * int64_t{sizeof(float)};
-  int64_t groups = 1;
-  while (2 * groups <= minimum(runs, kMostGroups) && 2 * groups * bytes <= kGroupBytes) groups *= 2;
-  return groups;
-}
-
-// sums <- sums + the other groups' sums
-inline void merge_groups(float* sums, const float* others, int64_t size, int64_t groups) {
-  constexpr int64_t kLanes = Vec<float>::kLanes;
-  if (groups == 1) return;
-  parallel(ceil_div(size, kLanes), groups * kLanes, [&](int64_t begin, int64_t end) {
-    auto merge = [&](int64_t i, auto lanes) FUSEDRES_INLINE_LAMBDA {
-      Vec<float> sum = load(sums + i, lanes);
-      for (int64_t group = 0; group < groups - 1; ++group) sum = sum + load(others + group * size + i, lanes);
-      store(sums + i, sum, lanes);
-    };
-    for (int64_t i = begin * kLanes; i < minimum(end * kLanes, size); i += kLanes)
-      if (i + kLanes <= size)
-        merge(i, AllLanes{});
-      else
-        merge(i, FirstLanes{static_cast<int>(size - i)});
-  });
-}
-
 // Whether dweight is finite.
 bool conv_dweight_winograd(const ConvDweight& op);
 

@@ -1,4 +1,5 @@
-// Sums over groups of runs, each in a dweight of its own; in the end they are added up in the groups' order.
+// Sums over groups of runs, each in a dweight of its own: threads share nothing. In the end they are added up
+// in the groups' order, so that the bits don't depend on the threads.
 #pragma once
 
 #include "walk.h"
@@ -7,9 +8,11 @@ namespace fusedres::FUSEDRES_ISA {
 
 class Groups {
  public:
+  static constexpr int64_t kMost = 16;
+
   // A power of two, which divides well between threads.
   static int64_t count_for(int64_t runs, int64_t size) {
-    constexpr int64_t kMost = 16, kBytes = int64_t{4} << 20;  // of all groups' sums
+    constexpr int64_t kBytes = int64_t{4} << 20;  // of all groups' sums
     int64_t count = 1;
     while (2 * count <= minimum(runs, kMost) && 2 * count * size * int64_t{sizeof(float)} <= kBytes)
       count *= 2;

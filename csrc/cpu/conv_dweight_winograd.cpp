@@ -1,6 +1,7 @@
 #include <atomic>
 
 #include "conv_dweight.h"
+#include "conv_dweight_groups.h"
 #include "winograd.h"
 
 namespace fusedres::FUSEDRES_ISA {
@@ -8,9 +9,9 @@ namespace {
 
 constexpr int kLanes = Vec<float>::kLanes;
 constexpr int64_t kBlock = 2 * kPanel;               // channels of dy, and of x, that a block of dweight has
-constexpr int64_t kScratchBytes = int64_t{6} << 20;  // of a thread's steps
-constexpr int64_t kFewestSteps = 64, kMostSteps = 384, kFewChannels = 128;
-static_assert(kFewestSteps > 2 * kMostGroups, "a group would be left without steps");
+constexpr int64_t kScratchBytes = int64_t{3} << 20;  // of a thread's steps
+constexpr int64_t kFewestSteps = 32, kMostSteps = 128, kFewChannels = 128;
+static_assert(kFewestSteps >= 2 * Groups::kMost, "a group would be left without steps");
 
 // A step is one tile of dy, and what of x its windows see. At every point of the transformed tile dweight is
 // a product of matrices, summed over some steps in registers, over more in cache, and over all in dweight.
@@ -35,7 +36,7 @@ class Dweight {
         size_(op.outputs * kTaps * kTaps * op.inputs) {
     const int64_t few = minimum(op.inputs, kFewChannels) + minimum(op.outputs, kFewChannels);
     const int64_t most = maximum(kFewestSteps, minimum(kMostSteps, kScratchBytes / bytes(1, few)));
-    groups_ = groups_of(ceil_div(tiles_, most), size_);
+    groups_ = Groups::count_for(ceil_div(tiles_, most), size_);
     runs_ = ceil_div(ceil_div(tiles_, most), groups_) * groups_;
     steps_ = ceil_div(tiles_, runs_);
     inputs_ = ceil_div(op.inputs, kBlock) * kBlock;
@@ -50,15 +51,14 @@ class Dweight {
   // Whether dweight is finite.
   bool run() {
     Arena arena;
-    float* const others = arena.take<float>((groups_ - 1) * size_);
+    const Groups groups(groups_, size_, op_.dweight, arena);
     parallel(groups_ * parts(), size_ * tiles_, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end && finite_; ++i) {
         const int64_t group = i / parts(), part = i % parts();
-        add_part(group, part / parts_of_x() * outputs_, part % parts_of_x() * inputs_,
-                 group ? others + (group - 1) * size_ : op_.dweight);
+        add_part(group, part / parts_of_x() * outputs_, part % parts_of_x() * inputs_, groups.at(group));
       }
     });
-    merge_groups(op_.dweight, others, size_, groups_);
+    groups.add_up();
     return finite_;
   }
 

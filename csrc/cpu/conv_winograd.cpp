@@ -36,7 +36,7 @@ struct Tiles {
 constexpr int64_t kScratchBytes = int64_t{768} << 10;
 constexpr int64_t kFewestTiles = 24, kMostTiles = 96;
 // Weights that are transformed for every patch are worth more tiles, which come from the third-level cache.
-constexpr int64_t kFreshScratchBytes = int64_t{4} << 20;
+constexpr int64_t kFreshScratchBytes = int64_t{3} << 20;
 // Weights of a block that are more than this come from memory again and again: for more tiles, then.
 constexpr int64_t kWeightBytes = int64_t{2} << 20;
 constexpr int64_t kFewestTilesOfThem = 72;
