@@ -13,7 +13,7 @@ namespace fusedres::FUSEDRES_ISA {
 struct RawWeights {
   ConvWeights shape;
   const void* begin;       // T
-  const int64_t* strides;  // outputs, inputs, rows, columns; may be negative
+  const int64_t* strides;  // outputs, inputs, rows, columns; may be negative; null where packed
 };
 
 // Words of a run's steps for every lane of a vector: one float32, or two bfloat16 with the first in the lower
