@@ -1,5 +1,5 @@
 #include "conv_dweight_groups.h"
-#include "conv_dweight_pairs.h"
+#include "conv_dweight_placing.h"
 
 namespace fusedres::FUSEDRES_ISA {
 namespace {

@@ -190,7 +190,7 @@ class Round {
 
   void conv_dweight() {
     const bool bfloat16 = dtype_ == DType::kBFloat16;
-    const int64_t tile = bfloat16 ? pick<int64_t>({1, 1, 2, 4, 7}) : pick<int64_t>({2, 4});
+    const int64_t tile = bfloat16 ? pick<int64_t>({1, 1, 2, 4, 7}) : pick<int64_t>({1, 2, 4});
     const int64_t images = draw(4), inputs = pick<int64_t>({1, 3, 16, 21, 600}),
                   outputs = pick<int64_t>({1, 7, 16, 33, 140});
     const ConvAxis rows = window(tile), columns = window(tile);
