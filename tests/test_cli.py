@@ -26,6 +26,7 @@ def run(monkeypatch, capsys):
     def command(*words):
         monkeypatch.setattr(sys, "argv", ["fusedres", *words])
         monkeypatch.setattr(cli.console, "width", 200)
+        capsys.readouterr()  # what came before is not the command's
         status = entry.main()
         return status, *capsys.readouterr()
 

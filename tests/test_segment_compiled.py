@@ -1,6 +1,7 @@
 """Under torch.compile a block is one node in training, and its kernels and its bits are those of the block without."""
 
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from test_segment import BUILDS, POLICIES, input_of
 from torch import nn
 
 import fusedres
-from fusedres import dispatch, epilogue, times
+from fusedres import dispatch, epilogue, segment, times
 from fusedres.backends import Geometry, Norm
 from fusedres.memory import Memory
 from fusedres.ops import kernels
@@ -167,6 +168,7 @@ def test_where_a_segment_is_not_possible_the_block_is_compiled_op_by_op(kernel_b
 
 def test_what_else_decides_is_part_of_what_compiled_graphs_are_kept_under(native, monkeypatch):
     fused, _ = BUILDS["basic, identity"]()
+    monkeypatch.setattr(times, "are_used", lambda: True)
 
     def facts():
         torch._dynamo.reset()
@@ -185,6 +187,21 @@ def test_what_else_decides_is_part_of_what_compiled_graphs_are_kept_under(native
     monkeypatch.setitem(times._read, table.path, {"an entry": {"aten": 1.0}})
     found.append(facts())
     assert len(set(found)) == 4
+
+
+def test_a_table_of_times_that_cannot_be_used_is_no_error_of_whoever_compiles(native, monkeypatch):
+    fused, _ = BUILDS["basic, identity"]()
+    monkeypatch.setattr(times, "are_used", lambda: True)
+    monkeypatch.setattr(times, "digest", lambda device: warnings.warn("an older library's", stacklevel=1) or "none")
+    _, _, (graph,) = graphs_of(fused, input_of(fused))
+    assert NODE in targets(graph)
+
+
+def test_a_norm_of_a_process_group_is_not_compiled_as_one_of_this_process(kernel_backend, monkeypatch):
+    fused, _ = BUILDS["bottleneck, projection"]()
+    monkeypatch.setattr(segment, "group_of", lambda norm: "a group")
+    _, _, (graph,) = graphs_of(fused, input_of(fused))
+    assert NODE not in targets(graph)
 
 
 @pytest.mark.parametrize("projects", [False, True])

@@ -5,10 +5,15 @@ namespace fusedres::FUSEDRES_ISA {
 namespace {
 
 constexpr int kLanes = Vec<float>::kLanes;
+// Steps of a run: longer sums lose more digits, most where products are rounded too.
+#if defined(__FMA__)
+constexpr int64_t kMostFloats = 64;
+#else
+constexpr int64_t kMostFloats = 32;
+#endif
 template <class T>
-constexpr int64_t kMostSteps =
-    sizeof(T) == sizeof(float) ? 64 : 160;  // of a run: longer sums lose more digits
-constexpr int64_t kBlockRows = 128;         // outputs of a block of dweight
+constexpr int64_t kMostSteps = sizeof(T) == sizeof(float) ? kMostFloats : 160;
+constexpr int64_t kBlockRows = 128;  // outputs of a block of dweight
 
 // dweight[o][tap][i] = the sum over pixels p of dy[p][o] * x[what p's window sees at the tap][i]
 //

@@ -101,6 +101,8 @@ def winograd_tile(
     height: int,
     width: int,
     dtype: torch.dtype = torch.float32,
+    *,
+    read: int = _READ,
 ) -> int:
     """The tile with which a 3x3 convolution of stride 1 and one group takes least work; 1: the direct form.
 
@@ -111,6 +113,7 @@ def winograd_tile(
     Args:
         inputs, outputs: channels.
         height, width: y's.
+        read: what it costs to get at a weight.
     """
     if not winograd_is_on():
         return 1
@@ -119,8 +122,8 @@ def winograd_tile(
     def work(tile: int) -> float:
         tiles = images * -(-height // tile) * -(-width // tile)
         if tile == 1:
-            return 9 * (tiles + _READ) / speed
-        return (tile + 2) ** 2 * (tiles * (1 + _TRANSFORMS[tile] * (1 / inputs + 1 / outputs)) + _READ)
+            return 9 * (tiles + read) / speed
+        return (tile + 2) ** 2 * (tiles * (1 + _TRANSFORMS[tile] * (1 / inputs + 1 / outputs)) + read)
 
     best = min(tiles_of(dtype), key=work)
     return best if work(best) <= 0.8 * work(1) else 1

@@ -72,6 +72,9 @@ for _name, _fake in (
 
 # Fewer tiles of 4 are products of too few terms for their errors to vanish among those of the sum.
 _FEWEST_TILES = 64
+# Of winograd_tile: reading a weight, and transforming it first; in float32 counted high, since of few pixels there is
+# little to win and an error to make.
+_FRESH_READ = {torch.float32: 45, torch.bfloat16: 10}
 # So many fill a vector of dweight's direct form; of fewer its rows are whole windows.
 _MANY_INPUTS = 16
 
@@ -217,8 +220,9 @@ def _counted(
     of_y = of_dx = of_dweight = 1
     if winograd and _has_winograd(kernel, geometry):
         rows, columns = geometry.output_size(_KERNEL, height, width)
-        of_y = winograd_tile(inputs, outputs, images, rows, columns, dtype)
-        of_dx = winograd_tile(outputs, inputs, images, height, width, dtype)
+        read = _FRESH_READ[dtype]
+        of_y = winograd_tile(inputs, outputs, images, rows, columns, dtype, read=read)
+        of_dx = winograd_tile(outputs, inputs, images, height, width, dtype, read=read)
         of_dweight = winograd_tile(inputs, outputs, images, rows, columns, dtype)
         if of_dweight == 4 and not _are_enough(images, rows, columns):
             of_dweight = 2

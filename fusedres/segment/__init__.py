@@ -77,7 +77,9 @@ def run(x: Tensor, links: Sequence[Link], end: End | None, memory: Memory) -> Te
         groups.append(group_of(norm))
     if len(every) > len(links) and not are_joint(links[-1].act, *groups[-2:]):
         return None
-    compiling = torch.compiler.is_compiling()
+    compiling, alone = torch.compiler.is_compiling(), all(group is None for group in groups)
+    if compiling and not alone:
+        return None  # the operator knows of no process group
     operands = x, shortcut, dtype, steps, len(links)
     requests = None if compiling else requests_of(*operands)
     norms = norms_of(*operands) if compiling else requests and requests.norms
@@ -94,7 +96,7 @@ def run(x: Tensor, links: Sequence[Link], end: End | None, memory: Memory) -> Te
     other = None if shortcut is x else shortcut
     if compiling:
         return operator.call(plan, x, other)
-    return apply(plan, x, other, SegmentFunction if all(group is None for group in groups) else SyncSegmentFunction)
+    return apply(plan, x, other, SegmentFunction if alone else SyncSegmentFunction)
 
 
 def _operators(backend: Backend, group: Any) -> kernels.Operators:

@@ -96,7 +96,7 @@ def convolutions_of(
     found, sizes = [], concrete(x.shape)
     for step in steps[:length]:
         found.append(_convolution(x, dtype, sizes, step))
-        sizes = step.output_sizes(sizes)
+        sizes = concrete(step.output_sizes(sizes))
     if shortcut is not None:
         found += [_convolution(shortcut, dtype, concrete(shortcut.shape), step) for step in steps[length:]]
     return found
@@ -113,7 +113,7 @@ def _convolution(source: Tensor, dtype: torch.dtype, sizes: tuple[int, ...], ste
         wants_gradient=True,
         group_outputs=step.geometry.group_outputs(step.weight.shape[0]),
         sizes=sizes,
-        weight_sizes=tuple(step.weight.shape),
+        weight_sizes=concrete(step.weight.shape),
         geometry=step.geometry,
     )
 
