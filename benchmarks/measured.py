@@ -223,9 +223,8 @@ def readme_tables(found: list[Run]) -> str:
             for task in TASKS:
                 if f", {task}, " in race.name and not race.name.startswith(TRADEOFF):
                     races[where, task].append(race)
-    return "\n".join(
-        line for (where, task), group in races.items() for line in _readme_table(where, task, group)
-    ).rstrip()
+    groups = sorted(races.items(), key=lambda group: TASKS.index(group[0][1]))
+    return "\n".join(line for (where, task), group in groups for line in _readme_table(where, task, group)).rstrip()
 
 
 def _readme_table(where: str, task: str, races: list[Race]) -> Iterator[str]:
