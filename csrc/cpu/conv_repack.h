@@ -42,7 +42,10 @@ struct StepWords {
       if (lane == 1 && lanes >= kLanes)
         store_word(to, across(first));
       else
-        for (int64_t i = 0; i < kLanes; ++i) to[i] = i < lanes ? word(i, first) : 0;
+        for (int64_t i = 0; i < kLanes; ++i) {
+          const uint32_t found = i < lanes ? word(i, first) : 0;
+          __builtin_memcpy(to + i, &found, sizeof found);  // packed weights may lie at any value
+        }
     }
   }
 
