@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from training_steps import channels_last, relative_error
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -15,15 +16,6 @@ Pair = tuple[int, int]
 
 def conv_dweight(*arguments: object) -> Tensor:
     return torch.ops.fusedres_native.conv_dweight(*arguments)
-
-
-def channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    assert found.shape == exact.shape
-    return ((found.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from training_steps import channels_last, relative_error
 
 import fusedres
 from fusedres import dispatch
@@ -19,15 +20,6 @@ pytestmark = pytest.mark.usefixtures("native")
 
 def operators():
     return torch.ops.fusedres_native
-
-
-def channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    assert found.shape == exact.shape
-    return ((found.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 
 def windows(padding: tuple[int, int] = (1, 1)) -> tuple[tuple[int, int], ...]:

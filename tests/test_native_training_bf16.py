@@ -8,7 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from eager import pair, sample
-from test_native_training import channels_last, operators, relative_error
+from test_native_training import operators
+from training_steps import channels_last, relative_error
 
 from fusedres import dispatch
 from fusedres.backends import Geometry, Request, native, native_training, reference

@@ -6,9 +6,7 @@ import copy
 
 import pytest
 import torch
-from eager import pair, sample
-from test_native_training import channels_last, relative_error
-from test_segment import Operations
+from training_steps import Operations, block_and_input, relative_error, step
 
 import fusedres
 from fusedres import dispatch
@@ -17,31 +15,11 @@ pytestmark = pytest.mark.usefixtures("native")
 
 BUILDS = {"basic": ("BasicBlock", 32, 32), "projection": ("BasicBlock", 32, 40), "bottleneck": ("Bottleneck", 64, 32)}
 WEIGHTS = {"basic": 2, "projection": 3, "bottleneck": 4}
-OPERATORS = ("conv", "conv_", "conv_dweight")
-
-
-def block_and_input(build: str, layout: torch.memory_format = torch.channels_last):
-    fused, eager = pair(*BUILDS[build], dtype=torch.float32)
-    for module in (fused, eager):
-        module.to(memory_format=torch.channels_last)
-    return fused, eager, sample(4, fused.conv1.in_channels, 16, 16, dtype=torch.float32).to(memory_format=layout)
-
-
-def step(block, x):
-    """y and every gradient by name, and how often each operator ran."""
-    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    block.zero_grad()
-    with Operations() as operations:
-        y = block(leaf)
-        g = torch.Generator().manual_seed(1)
-        y.backward(channels_last(torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)))
-    found = {"y": y.detach(), "dx": leaf.grad} | {name: p.grad.clone() for name, p in block.named_parameters()}
-    return found, {name: operations.count[f"fusedres_native::{name}"] for name in OPERATORS}
 
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_a_block_trains_on_them_as_accurately_as_winograds_form_allows(build):
-    fused, eager, x = block_and_input(build)
+    fused, eager, x = block_and_input(*BUILDS[build])
     found, count = step(fused, x)
     convolutions = 1 if build == "bottleneck" else 2
     assert count["conv_dweight"] == WEIGHTS[build]
@@ -57,7 +35,7 @@ def test_a_block_trains_on_them_as_accurately_as_winograds_form_allows(build):
 
 @pytest.mark.parametrize("frozen", ["weights", "norms", "x", "first"])
 def test_gradients_that_nobody_wants_are_not_computed(frozen):
-    fused, _, x = block_and_input("basic")
+    fused, _, x = block_and_input()
     twin = copy.deepcopy(fused)
     fused.conv1.weight.requires_grad_(frozen not in ("weights", "first"))
     fused.conv2.weight.requires_grad_(frozen != "weights")
@@ -66,7 +44,7 @@ def test_gradients_that_nobody_wants_are_not_computed(frozen):
     leaf = x.clone(memory_format=torch.preserve_format).requires_grad_(frozen != "x")
     with Operations() as operations:
         fused(leaf).square().sum().backward()
-    count = {name: operations.count[f"fusedres_native::{name}"] for name in OPERATORS}
+    count = operations.kernels
     assert count["conv_dweight"] == {"weights": 0, "first": 1}.get(frozen, 2)
     assert count["conv"] + count["conv_"] == (3 if frozen == "x" else 4)
     everything = x.clone(memory_format=torch.preserve_format).requires_grad_()
@@ -78,7 +56,7 @@ def test_gradients_that_nobody_wants_are_not_computed(frozen):
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_every_memory_policy_gives_the_same_bits(build):
-    fused, _, x = block_and_input(build)
+    fused, _, x = block_and_input(*BUILDS[build])
     results = []
     for policy in ("fast", "lean", "min"):
         with fusedres.set_memory(policy):
@@ -89,7 +67,7 @@ def test_every_memory_policy_gives_the_same_bits(build):
 
 
 def test_a_weight_that_changed_is_packed_again():
-    fused, _, x = block_and_input("basic")
+    fused, _, x = block_and_input()
     before, _ = step(fused, x)
     with torch.no_grad():
         fused.conv1.weight.mul_(-1)
@@ -102,7 +80,7 @@ def test_a_weight_that_changed_is_packed_again():
 
 
 def test_double_backward_is_atens_formula():
-    fused, eager, x = block_and_input("basic")
+    fused, eager, x = block_and_input()
     results = []
     for block in (fused, eager.double()):
         leaf = x.to(block.conv1.weight.dtype).requires_grad_()
@@ -114,7 +92,7 @@ def test_double_backward_is_atens_formula():
 
 @pytest.mark.parametrize("case", ["contiguous", "float16", "double", "switched off"])
 def test_elsewhere_convolutions_are_atens_but_for_weights_in_channels_last(case, monkeypatch):
-    fused, _, x = block_and_input("basic", torch.contiguous_format if case == "contiguous" else torch.channels_last)
+    fused, _, x = block_and_input(layout=torch.contiguous_format if case == "contiguous" else torch.channels_last)
     if case == "contiguous":
         fused.to(memory_format=torch.contiguous_format)
     if case == "double":

@@ -1,7 +1,6 @@
 """A block as one autograd function: when it is one, what it computes, what it keeps, and what it leaves out."""
 
 import copy
-from collections import Counter
 from functools import partial
 
 import pytest
@@ -9,8 +8,8 @@ import torch
 from eager import assert_as_accurate_as_eager, assert_matches_eager, assert_same_error, observe, pair, randomise, sample
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision_models import resnet
+from training_steps import Operations
 
 import fusedres
 from fusedres.bench.work import held_bytes
@@ -33,21 +32,6 @@ def input_of(block, dtype=torch.float64, layout="channels_last"):
 
 def is_segment(y):
     return type(y.grad_fn).__name__ == "SegmentFunctionBackward"
-
-
-class Operations(TorchDispatchMode):
-    """Counts what runs below autograd, by the operator's name."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
-        self.gradients = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count[func._schema.name.removeprefix("aten::")] += 1
-        if func is torch.ops.aten.convolution_backward.default:
-            self.gradients.append(tuple(args[-1]))
-        return func(*args, **(kwargs or {}))
 
 
 # When

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from eager import pair, sample
-from test_native_training import channels_last, relative_error
-from test_segment import Operations
 from torch import Tensor, nn
+from training_steps import ATEN, RULE, Operations, block_and_input, channels_last, relative_error, step
 
 import fusedres
 from fusedres import cache, dispatch, times
@@ -22,7 +20,6 @@ from fusedres.tuning import convolutions
 
 BF16 = torch.bfloat16
 PADDED = Geometry(padding=(1, 1))
-OPERATORS = ("conv", "conv_", "conv_dweight")
 Measured = list[list[str]]
 
 
@@ -58,25 +55,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, found: Callable[[str], float]) -> M
     return seen
 
 
-def block_and_input(dtype: torch.dtype = torch.float32, name: str = "BasicBlock", *channels: int):
-    fused, eager = pair(name, *(channels or (32, 32)), dtype=dtype)
-    for module in (fused, eager):
-        module.to(memory_format=torch.channels_last)
-    return fused, eager, channels_last(sample(4, fused.conv1.in_channels, 16, 16, dtype=dtype))
-
-
-def step(block: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], list[int]]:
-    """y and every gradient by name, and how often each operator ran."""
-    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    block.zero_grad()
-    with Operations() as operations:
-        y = block(leaf)
-        g = torch.Generator().manual_seed(1)
-        y.backward(channels_last(torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)))
-    found = {"y": y.detach(), "dx": leaf.grad} | {name: p.grad.clone() for name, p in block.named_parameters()}
-    return found, [operations.count[f"fusedres_native::{name}"] for name in OPERATORS]
-
-
 def forge(chosen: Mapping[str, str], dtype: torch.dtype = torch.float32, channels: int = 32) -> None:
     """Keep times that name candidates for results of the block's convolutions."""
     weight = channels, channels, 3, 3
@@ -98,12 +76,12 @@ EVERY += [(BF16, name) for name in ("aten", "direct", "winograd 2", "winograd 4"
 
 @pytest.mark.parametrize("dtype, name", EVERY, ids=str)
 def test_every_candidate_that_a_table_can_name_computes_the_step(dtype: torch.dtype, name: str) -> None:
-    fused, eager, x = block_and_input(dtype)
+    fused, eager, x = block_and_input(dtype=dtype)
     forge(dict.fromkeys(RESULTS, name), dtype)
     problems = [Problem(result, tuple(x.shape), (32, 32, 3, 3), PADDED, dtype) for result in RESULTS]
     assert {native_training.name_of(native_training.choose(problem)[0]) for problem in problems} == {name}
     found, count = step(fused, x)
-    assert count == ([0, 0, 0] if name == "aten" else [3, 1, 2])
+    assert count == (ATEN if name == "aten" else RULE)
     plain, _ = step(eager, x)
     exact, _ = step(copy.deepcopy(eager).double(), x.double())
     factor = 4 if dtype is torch.float32 else 1.1
@@ -114,14 +92,14 @@ def test_every_candidate_that_a_table_can_name_computes_the_step(dtype: torch.dt
 
 @pytest.mark.parametrize("policy", ["fast", "lean", "min"])
 def test_each_result_has_its_own_choice(policy: str) -> None:
-    fused, _, x = block_and_input(BF16)
+    fused, _, x = block_and_input(dtype=BF16)
     forge({"y": "direct", "dx": "winograd 7", "dx+add": "aten", "dweight": "aten"}, BF16)
     shapes = tuple(x.shape), (32, 32, 3, 3), PADDED, BF16
     assert native_training.tiles(*shapes) == Tiles(1, 7, 0)
     assert native_training.tiles(*shapes, joins=True) == Tiles(1, 0, 0)
     with fusedres.set_memory(policy):
         _, count = step(fused, x)
-    assert count == [3, 0, 0]
+    assert count == ATEN | {"conv": 3}
 
 
 def test_the_rules_choice_stays_unless_another_is_clearly_faster() -> None:
@@ -164,14 +142,14 @@ def test_what_is_not_accurate_enough_is_no_candidate(monkeypatch: pytest.MonkeyP
 
 def test_a_table_is_read_once_and_a_choice_holds_for_the_process() -> None:
     fused, _, x = block_and_input()
-    assert step(fused, x)[1] == [3, 1, 2]
+    assert step(fused, x)[1] == RULE
     path = times.table_of("cpu").path
     assert not path.exists(), "an ordinary step keeps nothing"
     problem = Problem("y", tuple(x.shape), (32, 32, 3, 3), PADDED, torch.float32)
     times.table_of("cpu").save({problem.entry: {"aten": 1.0, "winograd 2": 2.0, "winograd 4": 2.0}})
-    assert step(fused, x)[1] == [3, 1, 2]
+    assert step(fused, x)[1] == RULE
     forget()
-    assert step(fused, x)[1] == [1, 1, 2]
+    assert step(fused, x)[1] == RULE | {"conv": 1}
 
 
 def test_an_ordinary_step_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,15 +160,15 @@ def test_an_ordinary_step_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert not measured and not cache.tables(cache.location())
 
 
-@pytest.mark.parametrize("results, count", [(RESULTS, [0, 0, 0]), (["y"], [1, 1, 2])], ids=["all", "y"])
-def test_times_are_for_a_number_of_threads(results: Sequence[str], count: list[int]) -> None:
+@pytest.mark.parametrize("results, count", [(RESULTS, ATEN), (["y"], RULE | {"conv": 1})], ids=["all", "y"])
+def test_times_are_for_a_number_of_threads(results: Sequence[str], count: Mapping[str, int]) -> None:
     forge(dict.fromkeys(results, "aten"))
     fused, _, x = block_and_input()
     assert step(fused, x)[1] == count
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        assert step(fused, x)[1] == [3, 1, 2]
+        assert step(fused, x)[1] == RULE
     finally:
         torch.set_num_threads(threads)
     assert step(fused, x)[1] == count
@@ -214,7 +192,7 @@ def test_what_leaves_the_choice_to_the_rule(how: str, monkeypatch: pytest.Monkey
         with pytest.raises(RuntimeError, match="tune would measure what nothing uses"):
             fusedres.tune(fused, x)
         assert not [choice for choice in fusedres.explain(fused, x).choices if "measured" in choice.objections]
-    assert count == [3, 1, 2]
+    assert count == RULE
 
 
 @pytest.mark.parametrize("damage", ["garbage", "other digest", "other kernels", "no times"])
@@ -234,15 +212,15 @@ def test_a_table_that_is_not_to_be_used_is_ignored_with_one_warning(damage: str)
     with pytest.warns(
         UserWarning, match=r"times of convolutions in .* are ignored, because .*; optimize and tune"
     ) as w:
-        assert step(fused, x)[1] == [3, 1, 2]
-    assert len(w) == 1 and step(fused, x)[1] == [3, 1, 2]
+        assert step(fused, x)[1] == RULE
+    assert len(w) == 1 and step(fused, x)[1] == RULE
 
 
 # tune
 
 
 def test_tune_measures_each_result_once_and_chooses_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    fused, _, x = block_and_input(BF16)
+    fused, _, x = block_and_input(dtype=BF16)
     measured = pretend(monkeypatch, lambda name: 1.0 if name == "direct" else 2.0)
     progress = []
     report = fusedres.tune(fused, x.requires_grad_(), progress=lambda done, total: progress.append((done, total)))
@@ -261,13 +239,13 @@ def test_tune_measures_each_result_once_and_chooses_by_it(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("result", RESULTS)
 def test_what_is_measured_is_what_the_step_would_call(result: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: dict[str, list[int]] = {}
+    counts: dict[str, Mapping[str, int]] = {}
 
     def measure(calls: Calls, warm: Sequence[Tensor]) -> Times:
         for name, call in calls.items():
             with Operations() as operations:
                 call()
-            counts[name] = [operations.count[f"fusedres_native::{operator}"] for operator in OPERATORS]
+            counts[name] = operations.kernels
         return {}
 
     monkeypatch.setattr(times, "measure", measure)
@@ -275,8 +253,8 @@ def test_what_is_measured_is_what_the_step_would_call(result: str, monkeypatch: 
     with times.measuring():
         convolutions.measure(problem, (72, 1, 24, 8))
     operator = {"dx+add": "conv_", "dweight": "conv_dweight"}.get(result, "conv")
-    own = [int(name == operator) for name in OPERATORS]
-    assert counts == {name: [0, 0, 0] if name == "aten" else own for name in native_training.candidates(problem)}
+    own = ATEN | {operator: 1}
+    assert counts == {name: ATEN if name == "aten" else own for name in native_training.candidates(problem)}
     assert len(counts) > 3
 
 
@@ -292,7 +270,7 @@ def test_tune_needs_no_gradients_around_it(mode: Callable[[], object], monkeypat
 
 def test_tune_asks_for_what_the_step_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, lambda name: 1.0)
-    fused, _, x = block_and_input(torch.float32, "Bottleneck", 64, 32, 2)
+    fused, _, x = block_and_input("Bottleneck", 64, 32, 2)
     fused.conv2.weight.requires_grad_(False)
     with torch.autocast("cpu", BF16):
         report = fusedres.tune(fused, x)
@@ -312,12 +290,12 @@ def test_tune_asks_for_what_the_step_computes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_tune_finds_what_the_rule_leaves_to_aten(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, lambda name: 1.0 if name.startswith("winograd") else 2.0)
-    fused, _, x = block_and_input(torch.float32, "BasicBlock", 32, 24)
+    fused, _, x = block_and_input("BasicBlock", 32, 24)
     shape = tuple(x.shape), (24, 32, 3, 3), PADDED
     monkeypatch.setattr(native_training, "_by_rule", lambda *given: Tiles(0, 0, 0))
-    assert step(fused, x)[1] == [0, 0, 0]
+    assert step(fused, x)[1] == ATEN
     fusedres.tune(fused, x)
-    assert native_training.tiles(*shape).of_y > 1 and step(fused, x)[1][2] == 2
+    assert native_training.tiles(*shape).of_y > 1 and step(fused, x)[1]["conv_dweight"] == 2
 
 
 def test_tune_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +350,7 @@ def test_a_model_elsewhere_is_refused() -> None:
 
 def test_real_times_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(times, "_AGREEMENT", 100.0)  # other tests run beside this one
-    fused, _, x = block_and_input(BF16)
+    fused, _, x = block_and_input(dtype=BF16)
     report = fusedres.tune(fused, x)
     assert len(report.rows) == 3
     assert all(row.times and min(row.times.values()) > 0 for row in report.rows)
@@ -382,7 +360,7 @@ def test_real_times_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_explain_has_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    fused, _, x = block_and_input(BF16)
+    fused, _, x = block_and_input(dtype=BF16)
     pretend(monkeypatch, lambda name: {"direct": 1.0, "aten": 1.5}.get(name, 2.0))
     fusedres.tune(fused, x.requires_grad_())
     rows = [choice for choice in fusedres.explain(fused, x).choices if choice.op == "conv"]
