@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import python_backend
 import torch
+from measured_times import fresh_times  # noqa: F401  a fixture of the tests of what times choose
 from stub_fixtures import fake, home, products, stub  # noqa: F401  fixtures of the builder's tests
 
 import fusedres

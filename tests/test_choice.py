@@ -5,52 +5,30 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from measured_times import BY_RULE, Asked, by_rule, forget, pretend
 from optimized import assert_close, images, make, outputs
-from torch import Tensor, nn
+from torch import nn
 from torchvision_models import resnet
 
 import fusedres
 from fusedres import build, cache, times
 from fusedres.native_sources import NATIVE
 from fusedres.optimization import Optimization
-from fusedres.times import Calls, Times
 
 NAMES = ("native direct", "native winograd 2", "native winograd 4", "onednn")
-Asked = list[list[str]]
 
-
-@pytest.fixture(autouse=True)
-def tuned(native: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Times may be taken, and a folder of its own keeps them; the library is loaded already."""
-    monkeypatch.setenv("FUSEDRES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(times, "_read", {})
-    torch.use_deterministic_algorithms(False)
-    yield
-    torch.use_deterministic_algorithms(True, warn_only=True)
+pytestmark = pytest.mark.usefixtures("fresh_times")
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """Who was timed; oneDNN is made the fastest."""
     return pretend(monkeypatch, {"onednn": 1.0})
-
-
-def pretend(monkeypatch: pytest.MonkeyPatch, found: Mapping[str, float]) -> Asked:
-    seen: Asked = []
-
-    def measure(calls: Calls, warm: Sequence[Tensor]) -> Times:
-        seen.append(list(calls))
-        for call in calls.values():
-            call()
-        return {name: found.get(name, 2.0) for name in calls}
-
-    monkeypatch.setattr(times, "measure", measure)
-    return seen
 
 
 def network() -> nn.Module:
@@ -82,7 +60,7 @@ def test_another_process_measures_nothing_again(asked: Asked) -> None:
     x = images(2, 3, 16, 16)
     fusedres.optimize(network(), example=x)
     assert len(asked) == 3
-    times._read.clear()
+    forget()
     assert backends(fusedres.optimize(network(), example=x)) == ["onednn"] * 5
     later = network()
     fusedres.optimize(later)
@@ -121,21 +99,14 @@ def test_the_rules_choice_stays_unless_another_is_clearly_faster(monkeypatch: py
     assert backends(fusedres.optimize(network(), example=images(2, 3, 16, 16))) == ["native"] * 5
 
 
-@pytest.mark.parametrize("how", ["FUSEDRES_TUNE", "deterministic", "forced"])
+@pytest.mark.parametrize("how", BY_RULE)
 def test_nothing_is_measured_nor_read_where_that_is_not_wanted(
     how: str, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = images(2, 3, 16, 16)
     fusedres.optimize(network(), example=x)
     asked.clear()
-    if how == "FUSEDRES_TUNE":
-        monkeypatch.setenv("FUSEDRES_TUNE", "0")
-    if how == "deterministic":
-        torch.use_deterministic_algorithms(True)
-    if how == "forced":
-        with fusedres.use_backend("native"):
-            report = fusedres.optimize(network(), example=x)
-    else:
+    with by_rule(how, monkeypatch):
         report = fusedres.optimize(network(), example=x)
     assert backends(report) == ["native"] * 5 and {line.reason for line in report.convolutions} == {None}
     assert not asked
@@ -162,11 +133,11 @@ def test_a_damaged_table_is_ignored_with_one_warning_and_replaced(asked: Asked) 
     fusedres.optimize(network(), example=x)
     (path,) = cache.tables(cache.location())
     path.write_text(path.read_text().replace("1.0", "1.5", 1))
-    times._read.clear()
+    forget()
     with pytest.warns(UserWarning, match=r"times of convolutions in .* are ignored, because it is damaged") as caught:
         fusedres.optimize(network(), example=x)
     assert len(caught) == 1 and len(asked) == 6
-    times._read.clear()
+    forget()
     fusedres.optimize(network(), example=x)
     assert len(asked) == 6
 
@@ -181,7 +152,7 @@ def test_a_table_with_a_time_that_is_none_is_ignored(ms: object) -> None:
 
 def test_times_of_another_library_are_ignored(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     fusedres.optimize(network(), example=images(2, 3, 16, 16))
-    times._read.clear()
+    forget()
     found = build.library(NATIVE)
     assert isinstance(found, build.Library)
     other = build.Library(Path("/elsewhere/native-0123/native.so"), "cached")
@@ -196,7 +167,7 @@ def test_what_another_process_kept_meanwhile_stays(asked: Asked) -> None:
     theirs = {"theirs": {"onednn": 1.0}}
     table.save(theirs)
     fusedres.optimize(network(), example=x)
-    times._read.clear()
+    forget()
     kept = times._known(table)
     assert len(asked) == 3 and len(kept) == 4 and kept.items() >= theirs.items()
 
