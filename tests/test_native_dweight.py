@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -71,6 +72,16 @@ WINOGRAD = (
     Shape(150, 200, size=(20, 11), images=25),  # groups of runs, and parts of the channels
 )
 FORMS = [(shape, 1) for shape in DIRECT] + [(shape, tile) for shape in WINOGRAD for tile in (2, 4, 7)]
+NOT_FINITE = [
+    (shape, operand, value)
+    for shape in (
+        Shape(20, 9, size=(5, 7), images=1),
+        Shape(3, 9, (3, 5), (5, 7), stride=(2, 2), padding=(1, 2), images=1),
+        Shape(17, 9, (1, 1), (5, 7), padding=(0, 0), images=1),
+    )
+    for operand in ("x", "dy")
+    for value in (math.nan, math.inf, -math.inf)
+]
 # Of float32 sums; a tile of 7 loses a digit more.
 MOST_ERROR = {1: 1e-6, 2: 1e-6, 4: 2e-6, 7: 2e-5}
 
@@ -163,17 +174,7 @@ def test_it_is_the_same_bits_whatever_the_threads(dtype):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("operand", ["x", "dy"])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(20, 9, size=(5, 7), images=1),
-        Shape(3, 9, (3, 5), (5, 7), stride=(2, 2), padding=(1, 2), images=1),
-        Shape(17, 9, (1, 1), (5, 7), padding=(0, 0), images=1),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("shape, operand, value", NOT_FINITE, ids=repr)
 def test_values_that_are_not_finite_stay_where_eager_has_them(shape, operand, value):
     for row, column in ((0, 0), (1, 1), (-1, -1)):
         case = Case(shape)

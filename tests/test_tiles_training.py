@@ -95,17 +95,7 @@ def test_many_threads_have_smaller_shares_and_the_same_bits(shape):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("operand", ["x", "dy"])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(20, 9, size=(5, 7), images=1),
-        Shape(3, 9, (3, 5), (5, 7), stride=(2, 2), padding=(1, 2), images=1),
-        Shape(17, 9, (1, 1), (5, 7), padding=(0, 0), images=1),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("shape, operand, value", dweight.NOT_FINITE, ids=repr)
 def test_values_that_are_not_finite_stay_where_eager_has_them(shape, operand, value):
     dweight.test_values_that_are_not_finite_stay_where_eager_has_them(shape, operand, value)
 
