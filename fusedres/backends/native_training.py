@@ -87,6 +87,9 @@ class Tiles(NamedTuple):
     of_dweight: int
 
 
+_ATEN = Tiles(0, 0, 0)
+
+
 class Problem(NamedTuple):
     """One result of a training step's convolution."""
 
@@ -216,7 +219,7 @@ def _counted(
     images, inputs, height, width = sizes
     outputs, _, *kernel = weight_sizes
     if geometry.groups > 1:
-        return Tiles(0, 0, 0)
+        return _ATEN
     of_y = of_dx = of_dweight = 1
     if winograd and _has_winograd(kernel, geometry):
         rows, columns = geometry.output_size(_KERNEL, height, width)
@@ -239,19 +242,21 @@ def _turned(kernel: Sequence[int], geometry: Geometry) -> tuple[int, int]:
     return rows, columns
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    of_y = tiles(x.shape, weight.shape, geometry, x.dtype).of_y if reference.is_rows(x) else 0
-    if collected is not None:
-        _collect("y", x, weight, geometry)
-    return compute(x, weight, bias, geometry, of_y)
-
-
-def compute(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, of_y: int) -> Tensor:
-    """`forward` with a tile."""
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, given: Tiles | None = None) -> Tensor:
+    """y, computed with the tile that is given, or else with the one that is chosen."""
+    of_y = (given or _chosen_for_y(x, weight, geometry)).of_y
     if not of_y:
         return reference.conv_forward(x, weight, bias, geometry)
     bias = None if bias is None else bias.float().contiguous()
     return torch.ops.fusedres_native.conv(x, weight, bias, None, *geometry[:3], of_y, False)
+
+
+def _chosen_for_y(x: Tensor, weight: Tensor, geometry: Geometry) -> Tiles:
+    if not reference.is_rows(x):
+        return _ATEN
+    if collected is not None:
+        _collect("y", x, weight, geometry)
+    return tiles(x.shape, weight.shape, geometry, x.dtype)
 
 
 def backward(
@@ -262,34 +267,10 @@ def backward(
     wanted: Sequence[bool],
     residual: Tensor | None,
     in_place: bool,
+    given: Tiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    joins, operands = residual is not None, (dy, x, weight, geometry, wanted, residual, in_place)
-    if not reference.is_rows(dy, x, dy if residual is None else residual):
-        return differentiate(*operands, 0, 0)
-    if collected is not None:
-        _collect("dx+add" if joins else "dx", x, weight, geometry, wanted[0])
-        _collect("dweight", x, weight, geometry, wanted[1])
-    return differentiate(*operands, *tiles(x.shape, weight.shape, geometry, x.dtype, joins=joins)[1:])
-
-
-def _collect(result: str, x: Tensor, weight: Tensor, geometry: Geometry, wanted: bool = True) -> None:
-    problem = Problem(result, tuple(x.shape), tuple(weight.shape), geometry, x.dtype)
-    if collected is not None and wanted and len(candidates(problem)) > 1 and reference.is_rows(x):
-        collected.setdefault(problem, weight.stride())
-
-
-def differentiate(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    geometry: Geometry,
-    wanted: Sequence[bool],
-    residual: Tensor | None,
-    in_place: bool,
-    of_dx: int,
-    of_dweight: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`backward` with two tiles."""
+    """dx, dweight and dbias, computed with the tiles that are given, or else with those that are chosen."""
+    _, of_dx, of_dweight = given or _chosen_for_gradients(dy, x, weight, geometry, wanted, residual)
     dx = dweight = None
     if wanted[0] and of_dx:
         dx = _dx(dy, weight, geometry, of_dx, residual, in_place)
@@ -303,6 +284,24 @@ def differentiate(
     others = reference.conv_backward(dy, x, weight, geometry, rest, residual if rest[0] else None, in_place)
     dx, dweight, dbias = (theirs if left else ours for ours, theirs, left in zip(own, others, rest, strict=True))
     return dx, dweight, dbias
+
+
+def _chosen_for_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: Sequence[bool], residual: Tensor | None
+) -> Tiles:
+    joins = residual is not None
+    if not reference.is_rows(dy, x, residual if joins else dy):
+        return _ATEN
+    if collected is not None:
+        _collect("dx+add" if joins else "dx", x, weight, geometry, wanted[0])
+        _collect("dweight", x, weight, geometry, wanted[1])
+    return tiles(x.shape, weight.shape, geometry, x.dtype, joins=joins)
+
+
+def _collect(result: str, x: Tensor, weight: Tensor, geometry: Geometry, wanted: bool = True) -> None:
+    problem = Problem(result, tuple(x.shape), tuple(weight.shape), geometry, x.dtype)
+    if collected is not None and wanted and len(candidates(problem)) > 1:
+        collected.setdefault(problem, weight.stride())
 
 
 def _dweight(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fusedres import dispatch, times
 from fusedres.backends import native_training
-from fusedres.backends.native_training import Problem
+from fusedres.backends.native_training import Problem, Tiles
 from fusedres.times import Calls
 
 Strides = tuple[int, ...]
@@ -50,23 +51,13 @@ def _calls(problem: Problem, strides: Strides) -> tuple[Calls, list[Tensor]]:
 
     x, weight = normal(*sizes), torch.empty_strided(weight_sizes, strides, dtype=dtype)
     weight.copy_(normal(*weight_sizes) / weight[0].numel() ** 0.5)
-    ways = native_training.candidates(problem)
+    ways = {name: Tiles(tile, tile, tile) for name, tile in native_training.candidates(problem).items()}
     if result == "y":
-        return {name: _forward(tile, x, weight, problem) for name, tile in ways.items()}, [x]
+        forward = partial(native_training.forward, x, weight, None, geometry)
+        return {name: partial(forward, tiles) for name, tiles in ways.items()}, [x]
     dy = normal(sizes[0], outputs, rows, columns)
     residual = normal(*sizes) if result == "dx+add" else None
-    calls = {name: _backward(tile, dy, x, weight, residual, problem) for name, tile in ways.items()}
-    return calls, [dy] if residual is None else [dy, residual]
-
-
-def _forward(tile: int, x: Tensor, weight: Tensor, problem: Problem) -> Callable[[], object]:
-    return lambda: native_training.compute(x, weight, None, problem.geometry, tile)
-
-
-def _backward(
-    tile: int, dy: Tensor, x: Tensor, weight: Tensor, residual: Tensor | None, problem: Problem
-) -> Callable[[], object]:
-    of_dweight = problem.result == "dweight"
-    asked, pair = (not of_dweight, of_dweight, False), (0, tile) if of_dweight else (tile, 0)
-    operands = dy, x, weight, problem.geometry, asked, residual, residual is not None
-    return lambda: native_training.differentiate(*operands, *pair)
+    wanted = result != "dweight", result == "dweight", False
+    backward = partial(native_training.backward, dy, x, weight, geometry, wanted, residual, residual is not None)
+    warm = [dy] if residual is None else [dy, residual]
+    return {name: partial(backward, tiles) for name, tiles in ways.items()}, warm
