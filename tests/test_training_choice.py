@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 import pytest
 import torch
@@ -18,24 +19,32 @@ from fusedres.backends.native_training import RESULTS, Problem, Tiles
 pytestmark = pytest.mark.usefixtures("fresh_times")
 
 BF16 = torch.bfloat16
-EVERY = [(torch.float32, name) for name in ("aten", "winograd 2", "winograd 4")]
+EVERY = [(torch.float32, name) for name in ("aten", "direct", "winograd 2", "winograd 4")]
 EVERY += [(BF16, name) for name in ("aten", "direct", "winograd 2", "winograd 4", "winograd 7")]
 
 
 @pytest.mark.parametrize("dtype, name", EVERY, ids=str)
 def test_every_candidate_that_a_table_can_name_computes_the_step(dtype: torch.dtype, name: str) -> None:
-    fused, eager, x = block_and_input(dtype=dtype)
-    forge(dict.fromkeys(RESULTS, name), dtype)
-    problems = [Problem(result, tuple(x.shape), (32, 32, 3, 3), PADDED, dtype) for result in RESULTS]
-    assert {native_training.name_of(native_training.choose(problem)[0]) for problem in problems} == {name}
-    found, count = step(fused, x)
-    assert count == (ATEN if name == "aten" else RULE)
-    plain, _ = step(eager, x)
-    exact, _ = step(copy.deepcopy(eager).double(), x.double())
-    factor = 4 if dtype is torch.float32 else 1.1
-    for quantity, expected in exact.items():
-        error, theirs = (relative_error(one[quantity], expected) for one in (found, plain))
-        assert error <= factor * theirs + 1e-7, quantity
+    everywhere = dtype is BF16 or name != "direct"  # in float32 the direct form of y and dx is aten's
+    chosen = dict.fromkeys(RESULTS, "aten") | dict.fromkeys(RESULTS if everywhere else ["dweight"], name)
+    forge(chosen, dtype)
+    problems = [Problem(result, (4, 32, 16, 16), (32, 32, 3, 3), PADDED, dtype) for result in RESULTS]
+    assert [native_training.name_of(native_training.choose(problem)[0]) for problem in problems] == [*chosen.values()]
+    expected_count = ATEN if name == "aten" else RULE if everywhere else ATEN | {"conv_dweight": 2}
+    ratios: dict[str, list[float]] = {}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        fused, eager, x = block_and_input(dtype=dtype)
+        found, count = step(fused, x)
+        assert count == expected_count
+        plain, _ = step(eager, x)
+        exact, _ = step(copy.deepcopy(eager).double(), x.double())
+        for quantity, expected in exact.items():
+            error, theirs = (relative_error(one[quantity], expected) for one in (found, plain))
+            ratios.setdefault(quantity, []).append(error / theirs)
+    bar = 4 if dtype is torch.float32 and name.startswith("winograd") else 1.1
+    for quantity, of_one in ratios.items():  # by the median: a ReLU that rounds to the other side is luck, ours or not
+        assert median(of_one) <= bar, quantity
 
 
 @pytest.mark.parametrize("policy", ["fast", "lean", "min"])
