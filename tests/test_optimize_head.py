@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ def network(*head: nn.Module) -> nn.Module:
 
 def classifier(outputs: int = 40, bias: bool = True) -> nn.Module:
     return network(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, outputs, bias=bias))
+
+
+def root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value**2 for value in values) / len(values))
 
 
 def linear_of(model: nn.Module) -> nn.Linear:
@@ -108,14 +113,21 @@ def test_a_wrong_number_of_inputs_gets_eagers_error() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1, (1, 1), (1, None), 2, (3, 1)], ids=str)
 def test_averages_are_eagers(size: int | tuple[int, int], dtype: torch.dtype) -> None:
-    model = network(nn.AdaptiveAvgPool2d(size), nn.Conv2d(24, 5, 1)).to(dtype)
-    ours, _ = optimized(model)
-    for height, width in ((9, 9), (12, 7), (3, 3)):
-        x = torch.randn(3, 3, height, width).to(dtype)
-        exact = outputs(copy.deepcopy(model).double(), x.double())
-        found, theirs = outputs(ours, x), outputs(model, x)
-        assert found.shape == theirs.shape
-        assert error(found, exact) <= 1.5 * error(theirs, exact) + 2 * torch.finfo(dtype).eps
+    errors = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        exact_copy = nn.Conv2d(24, 24, 1, bias=False)  # so that the averages lie in memory of the plan
+        nn.init.dirac_(exact_copy.weight)
+        model = network(nn.AdaptiveAvgPool2d(size), exact_copy).to(dtype)
+        ours, _ = optimized(model)
+        for height, width in ((9, 9), (12, 7), (3, 3), (31, 30)):
+            x = torch.randn(8, 3, height, width).to(dtype)
+            exact = outputs(copy.deepcopy(model).double(), x.double())
+            found, theirs = outputs(ours, x), outputs(model, x)
+            assert found.shape == theirs.shape
+            errors.append((error(found, exact), error(theirs, exact)))
+    found, theirs = (root_mean_square(of_one) for of_one in zip(*errors, strict=True))
+    assert found <= max(1.1 * theirs, 2 * torch.finfo(torch.float64).eps)
 
 
 def test_an_average_of_no_image_is_none() -> None:
