@@ -13,7 +13,7 @@ from training_steps import channels_last, relative_error
 
 import fusedres
 from fusedres import dispatch
-from fusedres.backends import Geometry, native, native_training, reference
+from fusedres.backends import Geometry, Request, native, native_training, reference
 from fusedres.backends.native_training import Tiles
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -262,13 +262,8 @@ def test_values_that_are_not_finite_stay_where_eager_has_them(shape, tile, opera
 # Who is asked
 
 
-def request(shape: Shape, **changes: object):
-    made = native_request(shape)
-    return made._replace(**changes)
-
-
-def native_request(shape: Shape):
-    return fusedres.backends.Request(
+def request(shape: Shape, **changes: object) -> Request:
+    made = Request(
         "conv",
         "cpu",
         torch.float32,
@@ -280,6 +275,7 @@ def native_request(shape: Shape):
         weight_sizes=(shape.outputs, shape.inputs, 3, 3),
         geometry=shape.geometry,
     )
+    return made._replace(**changes)
 
 
 def test_the_kernels_are_asked_where_they_save_work(monkeypatch):

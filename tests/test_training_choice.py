@@ -164,6 +164,13 @@ def test_a_table_that_is_not_to_be_used_is_ignored_with_one_warning(damage: str)
 # What explain tells
 
 
+def test_explain_has_the_rules_choice_without_times() -> None:
+    fused, _, x = block_and_input()
+    rows = [choice for choice in fusedres.explain(fused, x).choices if choice.op == "conv"]
+    assert [row.backend for row in rows] == ["native"] * 2 and not any("measured" in row.objections for row in rows)
+    assert not [row for row in fusedres.explain(fused, x.contiguous()).choices if row.op == "conv"], "aten's"
+
+
 def test_explain_has_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
     fused, _, x = block_and_input(dtype=BF16)
     pretend(monkeypatch, {"direct": 1.0, "aten": 1.5})
