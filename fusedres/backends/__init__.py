@@ -72,6 +72,12 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    @classmethod
+    def of(cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Geometry:
+        """Of one group, from an operator's lists."""
+        stride, padding, dilation = ((rows, columns) for rows, columns in (stride, padding, dilation))
+        return cls(stride, padding, dilation)
+
     def group_outputs(self, outputs: int) -> int:
         """What a request tells of the groups."""
         return outputs // self.groups if self.groups > 1 else 0

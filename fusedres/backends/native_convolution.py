@@ -73,10 +73,8 @@ def _fake_conv_act(
     groups: int,
     act: int,
 ) -> Tensor:
-    height, width = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (packed.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    )
+    kernel = packed.shape[2], packed.shape[3]
+    height, width = Geometry.of(stride, padding, dilation).output_size(kernel, *x.shape[2:])
     y = x.new_empty((x.shape[0], height, width, packed.shape[0]))
     return y.permute(0, 3, 1, 2)
 

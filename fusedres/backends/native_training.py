@@ -47,10 +47,8 @@ def _fake_conv(
     tile: int,
     transposed: bool,
 ) -> Tensor:
-    rows, columns = (
-        (size + 2 * pad - gap * (k - 1) - 1) // by + 1
-        for size, k, by, pad, gap in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    )
+    kernel = weight.shape[2], weight.shape[3]
+    rows, columns = Geometry.of(stride, padding, dilation).output_size(kernel, *x.shape[2:])
     return x.new_empty((x.shape[0], rows, columns, weight.shape[1 if transposed else 0])).permute(0, 3, 1, 2)
 
 
@@ -318,8 +316,8 @@ def _dweight(
         return found
     # Infinity and NaN spread over Winograd's tiles; aten has them where they belong.
     weight = dy.new_empty((dy.shape[1], x.shape[1], *kernel))
-    geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
-    _, dweight, _ = reference.conv_backward(dy, x, weight, geometry, (False, True, False), None, False)
+    geometry, wanted = Geometry.of(stride, padding, dilation), (False, True, False)
+    _, dweight, _ = reference.conv_backward(dy, x, weight, geometry, wanted, None, False)
     assert dweight is not None  # it was wanted
     return dweight.to(torch.float32, memory_format=torch.channels_last)
 
