@@ -166,7 +166,7 @@ def test_where_a_segment_is_not_possible_the_block_is_compiled_op_by_op(kernel_b
     assert_same_outcome(outcome, observe(eager, x), exact=False)
 
 
-def test_what_else_decides_is_part_of_what_compiled_graphs_are_kept_under(native, monkeypatch):
+def test_what_else_decides_is_part_of_what_compiled_graphs_are_kept_under(native, monkeypatch, tmp_path):
     fused, _ = BUILDS["basic, identity"]()
     monkeypatch.setattr(times, "are_used", lambda: True)
 
@@ -186,7 +186,10 @@ def test_what_else_decides_is_part_of_what_compiled_graphs_are_kept_under(native
     table = times.table_of("cpu")
     monkeypatch.setitem(times._read, table.path, {"an entry": {"aten": 1.0}})
     found.append(facts())
-    assert len(set(found)) == 4
+    (tmp_path / "changed.py").touch()
+    monkeypatch.setattr(operator, "_PACKAGE", tmp_path)
+    found.append(facts())
+    assert len(set(found)) == 5
 
 
 def test_a_table_of_times_that_cannot_be_used_is_no_error_of_whoever_compiles(native, monkeypatch):

@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ _LIBRARY.define(
     "segment(Tensor x, Tensor? shortcut, Tensor?[] parameters, Tensor(a!)?[] statistics, int[] integers, "
     "float[] floats, bool joins, bool projects, ScalarType dtype, str memory, str[] backends, str facts) -> Tensor"
 )
+_PACKAGE = Path(__file__).parents[1]
 _INTEGERS = 9  # of a step: the geometry's, whether the statistics are the batch's, the activation's code
 
 
@@ -57,6 +61,7 @@ def _facts() -> str:
     one with another library's operators, or made under other settings, must not be found again."""
     found = [
         __version__,
+        _digest(_PACKAGE),
         *sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("FUSEDRES_")),
     ]
     library = build.resolved(NATIVE)
@@ -67,6 +72,15 @@ def _facts() -> str:
                 warnings.simplefilter("ignore")  # a table that can't be used is no error of whoever compiles
                 found.append(times.digest("cpu"))
     return " ".join(found)
+
+
+@cache
+def _digest(package: Path) -> str:
+    """Of the code: between two releases it changes under one version."""
+    digest = sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 # What torch.compiler.assume_constant_result does, which would import the whole of torch._dynamo.
