@@ -10,12 +10,24 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fusedres import times
-from fusedres.backends import CONVOLUTIONS, Backend, Request, cuda, cudnn, native, onednn, reference, triton
+from fusedres.backends import (
+    CONVOLUTIONS,
+    Backend,
+    Request,
+    TrainingConvolution,
+    cuda,
+    cudnn,
+    native,
+    onednn,
+    reference,
+    triton,
+)
 
 # A kernel tells the backward in one byte which value of a window was the largest, and 255 that none was.
 MOST_POSITIONS = 255
@@ -42,7 +54,8 @@ disabled: bool = os.environ.get("FUSEDRES_DISABLE", "0") not in ("", "0")
 # In smaller tensors a pass over memory that is saved is worth less than a call from Python costs.
 min_elements: int = _number(os.environ.get("FUSEDRES_MIN_ELEMENTS") or "262144")
 _chosen: dict[Request, Backend] = {}
-_convolving: dict[tuple[Request, int], Backend] = {}  # with the threads that measured times have to be for
+# With the threads that measured times have to be for.
+_convolving: dict[tuple[Request, int], Convolving] = {}
 _MOST_CHOSEN = 4096
 
 
@@ -54,6 +67,14 @@ class Choice:
     op: str
     backend: str
     objections: Mapping[str, str]
+
+
+class Convolving(NamedTuple):
+    """Who computes a convolution of a training step, how, and what its functions are told beside their operands."""
+
+    backend: Backend
+    convolution: TrainingConvolution
+    chosen: tuple[Any, ...]
 
 
 class Unserved(RuntimeError):  # noqa: N818  it is an answer
@@ -136,8 +157,8 @@ def _first(request: Request) -> Backend:
     raise RuntimeError(f"no backend serves {request}")
 
 
-def convolving(request: Request) -> Backend:
-    """Who computes a training step's convolution.
+def convolving(request: Request) -> Convolving:
+    """How a training step's convolution is computed.
 
     aten does where no other backend, or not the forced one, can: that is no choice to be recorded, unless it was
     measured.
@@ -148,12 +169,15 @@ def convolving(request: Request) -> Backend:
         if len(_convolving) >= _MOST_CHOSEN:  # the requests tell sizes, of which there may be any number
             _convolving.clear()
         refused = _forced is not None and objection(backend(_forced), request) is not None
-        found = _convolving[key] = reference.BACKEND if refused else _first(request)
+        serves = reference.BACKEND if refused else _first(request)
+        convolution = serves.training_convolution
+        assert convolution is not None  # it serves "conv"
+        found = _convolving[key] = Convolving(serves, convolution, convolution.choose(request))
     if recorder is not None:
         served = (b.training_convolution for b in candidates(request.op))
         measured = next(filter(None, (c.measured(request) for c in served if c is not None)), None)
-        if measured is not None or found is not reference.BACKEND:
-            recorder.add(request, found, measured)
+        if measured is not None or found.backend is not reference.BACKEND:
+            recorder.add(request, found.backend, measured)
     return found
 
 

@@ -83,11 +83,17 @@ class Case:
         assert all(t is not None for t in found)
         return found  # pyright: ignore[reportReturnType]
 
+    def chosen(self, tiles: Tiles | None) -> tuple[Tiles, Tiles]:
+        return native_training.choices_for(request(self.shape)) if tiles is None else (tiles, tiles)
+
+    def y(self, tiles: Tiles | None = None) -> Tensor:
+        return native_training.forward(self.x, self.weight, self.bias, self.geometry, *self.chosen(tiles))
+
     def found(
         self, *wanted: bool, residual: Tensor | None = None, in_place: bool = False, tiles: Tiles | None = None
     ) -> tuple[Tensor | None, ...]:
         operands = self.dy, self.x, self.weight, self.geometry
-        return native_training.backward(*operands, wanted, residual, in_place, tiles)
+        return native_training.backward(*operands, wanted, residual, in_place, *self.chosen(tiles))
 
     def dweight(self, tile: int) -> Tensor:
         return operators().conv_dweight(self.dy, self.x, (3, 3), *self.geometry[:3], tile)
@@ -131,7 +137,7 @@ def test_errors_are_at_most_four_times_eagers(shape, positive):
     case = Case(shape, positive)
     exact = (case.forward(), *case.backward()[:2])
     eager = (case.forward(torch.float32), *case.backward(torch.float32)[:2])
-    found = native_training.forward(case.x, case.weight, case.bias, case.geometry), *case.found(True, True, False)[:2]
+    found = case.y(), *case.found(True, True, False)[:2]
     for name, one, other, truth in zip(("y", "dx", "dweight"), found, eager, exact, strict=True):
         assert relative_error(one, truth) <= 4 * relative_error(other, truth), name
 
@@ -242,7 +248,7 @@ def test_values_that_are_not_finite_stay_where_eager_has_them(shape, tile, opera
     for row, column in ((0, 0), (5, 4), (-1, -1)):
         case = Case(shape)
         getattr(case, operand)[0, 1, row, column] = value
-        y = native_training.forward(case.x, case.weight, case.bias, case.geometry, tiles)
+        y = case.y(tiles)
         dx, dweight, _ = case.found(True, True, False, tiles=tiles)
         eager, eager_dweight, _ = case.backward(torch.float32)
         for found, theirs, exact in ((y, case.forward(torch.float32), case.forward()), (dx, eager, case.backward()[0])):
@@ -280,7 +286,7 @@ def request(shape: Shape, **changes: object) -> Request:
 
 def test_the_kernels_are_asked_where_they_save_work(monkeypatch):
     for shape in SERVED:
-        assert dispatch.convolving(request(shape)) is native.BACKEND
+        assert dispatch.convolving(request(shape)).backend is native.BACKEND
     shape = Shape(64, 64, (56, 56), 8)
     refused = {
         "torch.float16": {"dtype": torch.float16},
@@ -304,7 +310,7 @@ def test_the_kernels_are_asked_where_they_save_work(monkeypatch):
     assert native_training.tiles(beyond.sizes, beyond.weight_sizes, beyond.geometry) == (4, 0, 4)
     few = request(shape, sizes=(8, 3, 56, 56), weight_sizes=(64, 3, 3, 3))
     assert "aten is as fast" in (native.objection(few) or "")
-    assert dispatch.convolving(few) is reference.BACKEND
+    assert dispatch.convolving(few).backend is reference.BACKEND
     asked = request(shape)
     monkeypatch.setenv("FUSEDRES_WINOGRAD", "0")
     assert native_training.tiles(asked.sizes, asked.weight_sizes, asked.geometry) == (0, 0, 1)
@@ -314,6 +320,6 @@ def test_a_forced_backend_without_convolutions_leaves_them_to_aten():
     served = request(SERVED[0])
     for name, expected in (("native", native.BACKEND), ("triton", reference.BACKEND), ("reference", reference.BACKEND)):
         with fusedres.use_backend(name):
-            assert dispatch.convolving(served) is expected
+            assert dispatch.convolving(served).backend is expected
     with fusedres.use_backend("native"):
-        assert dispatch.convolving(served._replace(dtype=torch.float16)) is reference.BACKEND
+        assert dispatch.convolving(served._replace(dtype=torch.float16)).backend is reference.BACKEND

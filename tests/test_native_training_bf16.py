@@ -35,6 +35,7 @@ DIRECT = (
     Shape(33, 47, (1, 1), (3, 3), 3),
     Shape(1, 1, (1, 1), (1, 1), 1),
     Shape(64, 70, (1, 1), (9, 6), 2, Geometry((2, 2))),
+    Shape(33, 20, (1, 1), (7, 10), 3, Geometry((3, 2))),
     Shape(17, 24, (3, 3), (11, 9), 2, Geometry((2, 2), (1, 1))),
     Shape(40, 19, (3, 3), (8, 8), 2, Geometry((1, 1), (1, 1))),
     Shape(20, 21, (3, 2), (9, 8), 2, Geometry((1, 1), (2, 0), (2, 3))),
@@ -126,12 +127,12 @@ def test_dx_is_the_formula_in_fp64(shape):
 @pytest.mark.parametrize("shape", [s for s in (*DIRECT, *TILED) if s.tile in (1, 7)], ids=repr)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_the_pair_that_a_segment_calls(shape, in_place):
-    case, geometry = Case(shape), shape.geometry
-    y = native_training.forward(case.x, case.weight, case.bias.to(BF16), geometry)
+    case, geometry, chosen = Case(shape), shape.geometry, native_training.choices_for(request(shape))
+    y = native_training.forward(case.x, case.weight, case.bias.to(BF16), geometry, *chosen)
     assert relative_error(y, case.y()) <= 1.1 * relative_error(case.y(BF16), case.y())
     before = case.residual.clone()
     operands = case.dy, case.x, case.weight, geometry
-    dx, dweight, dbias = native_training.backward(*operands, (True, True, True), case.residual, in_place)
+    dx, dweight, dbias = native_training.backward(*operands, (True, True, True), case.residual, in_place, *chosen)
     _, *expected = reference.conv_backward(*(t.double() for t in operands[:3]), geometry, (True,) * 3, None, False)
     _, *eager = reference.conv_backward(*operands, (True,) * 3, None, False)
     added = case.dx() + before
@@ -160,7 +161,7 @@ def request(shape: Shape, **changes: object) -> Request:
 
 def test_the_kernels_have_every_window_of_one_group():
     for shape in DIRECT:
-        assert dispatch.convolving(request(shape)) is native.BACKEND
+        assert dispatch.convolving(request(shape)).backend is native.BACKEND
     grouped = request(DIRECT[0], geometry=Geometry(groups=2))
     assert "one group" in (native.objection(grouped) or "")
     assert "contiguous in memory" in (native.objection(request(DIRECT[0], layout="contiguous")) or "")

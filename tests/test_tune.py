@@ -96,7 +96,7 @@ def test_tune_finds_what_the_rule_leaves_to_aten(monkeypatch: pytest.MonkeyPatch
     pretend(monkeypatch, {"winograd 2": 1.0, "winograd 4": 1.0})
     fused, _, x = block_and_input("BasicBlock", 32, 24)
     shape = tuple(x.shape), (24, 32, 3, 3), PADDED
-    monkeypatch.setattr(native_training, "_by_rule", lambda *given: Tiles(0, 0, 0))
+    monkeypatch.setattr(native_training, "_by_rule", lambda *given: 0)
     assert step(fused, x)[1] == ATEN
     fusedres.tune(fused, x)
     assert native_training.tiles(*shape).of_y > 1 and step(fused, x)[1]["conv_dweight"] == 2

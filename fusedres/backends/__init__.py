@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,17 +163,17 @@ class TrainingConvolution:
     """How a backend computes conv, the bare convolution of a training step, in two functions.
 
     Args:
-        forward: (x, weight, bias, geometry) -> y, all in one dtype.
-        backward: (dy, x, weight, geometry, wanted, residual, in_place) -> (dx, dweight, dbias), of which `wanted` says
-            which are to be computed. The residual is added to dx; in_place says that its memory may become dx's.
+        forward: (x, weight, bias, geometry, *chosen) -> y, all in one dtype.
+        backward: (dy, x, weight, geometry, wanted, residual, in_place, *chosen) -> (dx, dweight, dbias), of which
+            `wanted` says which are to be computed. The residual is added to dx; in_place says that its memory may
+            become dx's.
+        choose: what both functions are told of a request beside that, found once for all of its calls.
         measured: the times that choose how a request is computed, in words; None where there are none.
     """
 
-    forward: Callable[[Tensor, Tensor, Tensor | None, Geometry], Tensor]
-    backward: Callable[
-        [Tensor, Tensor, Tensor, Geometry, Sequence[bool], Tensor | None, bool],
-        tuple[Tensor | None, Tensor | None, Tensor | None],
-    ]
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
+    choose: Callable[[Request], tuple[Any, ...]] = lambda request: ()
     measured: Callable[[Request], str | None] = lambda request: None
 
 

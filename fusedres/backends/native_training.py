@@ -68,6 +68,11 @@ for _name, _fake in (
 ):
     torch.library.register_fake(f"fusedres_native::{_name}", _fake, lib=_LIBRARY)
 
+_conv = torch.ops.fusedres_native.conv.default
+_conv_in_place = torch.ops.fusedres_native.conv_.default
+_conv_dweight = torch.ops.fusedres_native.conv_dweight.default
+_dweight_traced = torch.ops.fusedres_native.dweight.default
+
 # Fewer tiles of 4 are products of too few terms for their errors to vanish among those of the sum.
 _FEWEST_TILES = 64
 # Of winograd_tile: reading a weight, and transforming it first; in float32 counted high, since of few pixels there is
@@ -83,9 +88,6 @@ class Tiles(NamedTuple):
     of_y: int
     of_dx: int
     of_dweight: int
-
-
-_ATEN = Tiles(0, 0, 0)
 
 
 class Problem(NamedTuple):
@@ -156,10 +158,8 @@ def choose(problem: Problem) -> tuple[int, Times]:
 
 def candidates(problem: Problem) -> dict[str, int]:
     """The tiles that may compute it by name, first the one that the rule names."""
-    counted = _counted(problem.sizes, problem.weight_sizes, problem.geometry, problem.dtype, winograd_is_on())
-    which = ("y", "dx", "dweight").index(problem.result.partition("+")[0])
-    rule = _by_rule(counted, problem.weight_sizes[1], problem.dtype)[which]
-    tiles = rule, 0, *_own(problem, counted[which])
+    counted = _counted(problem)
+    tiles = _by_rule(problem, counted), 0, *_own(problem, counted)
     return {name_of(tile): tile for tile in dict.fromkeys(tiles)}
 
 
@@ -176,7 +176,7 @@ def _own(problem: Problem, counted: int) -> Iterator[int]:
         if result == "dweight" and geometry.groups == 1:  # but for those over pixels, which are added up in runs
             yield 1
         return
-    if geometry.groups > 1 or (result.startswith("dx") and not _has_dx(kernel, geometry)):
+    if not counted:
         return
     yield 1
     if winograd_is_on() and _has_winograd(kernel, geometry):
@@ -194,8 +194,14 @@ def _has_winograd(kernel: Sequence[int], geometry: Geometry) -> bool:
     return tuple(kernel) == _KERNEL and geometry == Geometry(padding=geometry.padding)
 
 
-def _has_dx(kernel: Sequence[int], geometry: Geometry) -> bool:
-    return geometry.stride == (1, 1) and min(_turned(kernel, geometry)) >= 0
+def _has_kernel(problem: Problem) -> bool:
+    """Of the gradient of x that a strided convolution has, the kernels only add those pixels that it saw."""
+    result, _, (_, _, *kernel), geometry, _ = problem
+    if geometry.groups > 1 or not result.startswith("dx"):
+        return geometry.groups == 1
+    if geometry.stride == (1, 1):
+        return min(_turned(kernel, geometry)) >= 0
+    return result == "dx+add" and kernel == [1, 1] and geometry.padding == (0, 0)
 
 
 def forget() -> None:
@@ -203,35 +209,28 @@ def forget() -> None:
     _tiles.cache_clear()
 
 
-def _by_rule(counted: Tiles, inputs: int, dtype: torch.dtype) -> Tiles:
-    """In float32 aten has the direct form, but for weights of many inputs."""
-    if dtype is not torch.float32:
-        return counted
-    of_y, of_dx, of_dweight = (0 if tile == 1 else tile for tile in counted)
-    return Tiles(of_y, of_dx, of_dweight or (counted.of_dweight if inputs >= _MANY_INPUTS else 0))
+def _by_rule(problem: Problem, counted: int) -> int:
+    """In float32 aten has the direct form, but for weights of many inputs; on the tile unit it has dweight."""
+    of_weight = problem.result == "dweight"
+    if problem.dtype is torch.float32:
+        return 0 if counted == 1 and not (of_weight and problem.weight_sizes[1] >= _MANY_INPUTS) else counted
+    return 0 if of_weight and instruction_set(problem.dtype) == "amx" else counted
 
 
-def _counted(
-    sizes: tuple[int, ...], weight_sizes: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, winograd: bool
-) -> Tiles:
-    images, inputs, height, width = sizes
-    outputs, _, *kernel = weight_sizes
-    if geometry.groups > 1:
-        return _ATEN
-    of_y = of_dx = of_dweight = 1
-    if winograd and _has_winograd(kernel, geometry):
-        rows, columns = geometry.output_size(_KERNEL, height, width)
-        read = _FRESH_READ[dtype]
-        of_y = winograd_tile(inputs, outputs, images, rows, columns, dtype, read=read)
-        of_dx = winograd_tile(outputs, inputs, images, height, width, dtype, read=read)
-        of_dweight = winograd_tile(inputs, outputs, images, rows, columns, dtype)
-        if of_dweight == 4 and not _are_enough(images, rows, columns):
-            of_dweight = 2
-    if not _has_dx(kernel, geometry):
-        of_dx = 0
-    if dtype is not torch.float32 and instruction_set(dtype) == "amx":
-        of_dweight = 0  # aten has it on the tile unit
-    return Tiles(of_y, of_dx, of_dweight)
+def _counted(problem: Problem) -> int:
+    """The tile of the fewest products; 0 where there is no kernel."""
+    result, (images, inputs, height, width), (outputs, _, *kernel), geometry, dtype = problem
+    if not _has_kernel(problem):
+        return 0
+    if not (winograd_is_on() and _has_winograd(kernel, geometry)):
+        return 1
+    rows, columns = geometry.output_size(_KERNEL, height, width)
+    if result == "y":
+        return winograd_tile(inputs, outputs, images, rows, columns, dtype, read=_FRESH_READ[dtype])
+    if result != "dweight":
+        return winograd_tile(outputs, inputs, images, height, width, dtype, read=_FRESH_READ[dtype])
+    tile = winograd_tile(inputs, outputs, images, rows, columns, dtype)
+    return 2 if tile == 4 and not _are_enough(images, rows, columns) else tile
 
 
 def _turned(kernel: Sequence[int], geometry: Geometry) -> tuple[int, int]:
@@ -240,21 +239,23 @@ def _turned(kernel: Sequence[int], geometry: Geometry) -> tuple[int, int]:
     return rows, columns
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, given: Tiles | None = None) -> Tensor:
-    """y, computed with the tile that is given, or else with the one that is chosen."""
-    of_y = (given or _chosen_for_y(x, weight, geometry)).of_y
-    if not of_y:
+def choices_for(request: Request) -> tuple[Tiles, Tiles]:
+    """Without a residual that is added to dx, and with one."""
+    assert request.geometry is not None  # `_cannot`
+    arguments = request.sizes, request.weight_sizes, request.geometry, request.dtype
+    return tiles(*arguments), tiles(*arguments, joins=True)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, alone: Tiles, joined: Tiles | None = None
+) -> Tensor:
+    rows = reference.is_rows(x)
+    if collected is not None and rows:
+        _collect("y", x, weight, geometry)
+    if not rows or not alone.of_y:
         return reference.conv_forward(x, weight, bias, geometry)
     bias = None if bias is None else bias.float().contiguous()
-    return torch.ops.fusedres_native.conv(x, weight, bias, None, *geometry[:3], of_y, False)
-
-
-def _chosen_for_y(x: Tensor, weight: Tensor, geometry: Geometry) -> Tiles:
-    if not reference.is_rows(x):
-        return _ATEN
-    if collected is not None:
-        _collect("y", x, weight, geometry)
-    return tiles(x.shape, weight.shape, geometry, x.dtype)
+    return _conv(x, weight, bias, None, *geometry[:3], alone.of_y, False)
 
 
 def backward(
@@ -265,15 +266,21 @@ def backward(
     wanted: Sequence[bool],
     residual: Tensor | None,
     in_place: bool,
-    given: Tiles | None = None,
+    alone: Tiles,
+    joined: Tiles,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dweight and dbias, computed with the tiles that are given, or else with those that are chosen."""
-    _, of_dx, of_dweight = given or _chosen_for_gradients(dy, x, weight, geometry, wanted, residual)
+    joins = residual is not None
+    if not reference.is_rows(dy, x, residual if joins else dy):
+        return reference.conv_backward(dy, x, weight, geometry, wanted, residual, in_place)
+    if collected is not None:
+        _collect("dx+add" if joins else "dx", x, weight, geometry, wanted[0])
+        _collect("dweight", x, weight, geometry, wanted[1])
+    _, of_dx, of_dweight = joined if joins else alone
     dx = dweight = None
     if wanted[0] and of_dx:
         dx = _dx(dy, weight, geometry, of_dx, residual, in_place)
     if wanted[1] and of_dweight:
-        compute = torch.ops.fusedres_native.dweight if torch.compiler.is_compiling() else _dweight
+        compute = _dweight_traced if torch.compiler.is_compiling() else _dweight
         dweight = compute(dy, x, weight.shape[2:], *geometry[:3], of_dweight)
     own = dx, dweight, None
     rest = [asked and found is None for asked, found in zip(wanted, own, strict=True)]
@@ -282,18 +289,6 @@ def backward(
     others = reference.conv_backward(dy, x, weight, geometry, rest, residual if rest[0] else None, in_place)
     dx, dweight, dbias = (theirs if left else ours for ours, theirs, left in zip(own, others, rest, strict=True))
     return dx, dweight, dbias
-
-
-def _chosen_for_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: Sequence[bool], residual: Tensor | None
-) -> Tiles:
-    joins = residual is not None
-    if not reference.is_rows(dy, x, residual if joins else dy):
-        return _ATEN
-    if collected is not None:
-        _collect("dx+add" if joins else "dx", x, weight, geometry, wanted[0])
-        _collect("dweight", x, weight, geometry, wanted[1])
-    return tiles(x.shape, weight.shape, geometry, x.dtype, joins=joins)
 
 
 def _collect(result: str, x: Tensor, weight: Tensor, geometry: Geometry, wanted: bool = True) -> None:
@@ -311,7 +306,7 @@ def _dweight(
     dilation: Sequence[int],
     tile: int,
 ) -> Tensor:
-    found = torch.ops.fusedres_native.conv_dweight(dy, x, kernel, stride, padding, dilation, tile)
+    found = _conv_dweight(dy, x, kernel, stride, padding, dilation, tile)
     if found.numel():
         return found
     # Infinity and NaN spread over Winograd's tiles; aten has them where they belong.
@@ -326,11 +321,14 @@ _LIBRARY.impl("dweight", _dweight, "CPU")
 
 
 def _dx(dy: Tensor, weight: Tensor, geometry: Geometry, tile: int, residual: Tensor | None, in_place: bool) -> Tensor:
-    operators = torch.ops.fusedres_native
+    if residual is not None and geometry.stride != (1, 1):
+        dx = residual if in_place else residual.clone()
+        reference.spread_(dx, _conv(dy, weight, None, None, *Geometry()[:3], tile, True), geometry.stride)
+        return dx
     windows = geometry.stride, _turned(weight.shape[2:], geometry), geometry.dilation, tile, True
     if residual is None or not in_place:
-        return operators.conv(dy, weight, None, residual, *windows)
-    operators.conv_(dy, weight, residual, *windows)
+        return _conv(dy, weight, None, residual, *windows)
+    _conv_in_place(dy, weight, residual, *windows)
     return residual
 
 
@@ -348,7 +346,7 @@ def _words(chosen: str, known: Times) -> str:
     return times.words(chosen, {name: known[name] for name in (chosen, other)})
 
 
-TRAINING_CONVOLUTION = TrainingConvolution(forward, backward, measured)
+TRAINING_CONVOLUTION = TrainingConvolution(forward, backward, choices_for, measured)
 
 
 def objection(request: Request) -> str | None:

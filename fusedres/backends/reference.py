@@ -135,7 +135,7 @@ def conv_backward(
     # What a matrix product is accumulated into.
     into = (
         residual
-        if in_place and residual is not None and _is_matmul(weight, geometry) and is_rows(residual, dy)
+        if in_place and residual is not None and is_matmul(weight, geometry) and is_rows(residual, dy)
         else None
     )
     dx = dweight = dbias = None
@@ -147,18 +147,32 @@ def conv_backward(
     if dx is not None and residual is not None:
         dx.add_(residual)
     if wants_dx and into is not None:
-        _rows(into).addmm_(_rows(dy), weight.flatten(1))
+        matrix = weight.flatten(1)
+        if stride == (1, 1):
+            _rows(into).addmm_(_rows(dy), matrix)
+        else:
+            images, _, *size = dy.shape
+            spread_(into, (_rows(dy) @ matrix).view(images, *size, -1).permute(0, 3, 1, 2), stride)
         dx = into
     return dx, dweight, dbias
 
 
-def _is_matmul(weight: Tensor, geometry: Geometry) -> bool:
-    return geometry == Geometry() and weight.shape[2:] == (1, 1)
+def is_matmul(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a convolution is a matrix product of the pixels that it sees."""
+    return geometry == Geometry(geometry.stride) and weight.shape[2:] == (1, 1)
+
+
+def spread_(into: Tensor, gradient: Tensor, stride: Sequence[int]) -> None:
+    """Adds what a 1x1 convolution gives the pixels that it sees."""
+    into[:, :, :: stride[0], :: stride[1]].add_(gradient)
 
 
 def is_rows(*tensors: Tensor) -> bool:
     """Whether they lie in memory pixel by pixel, each with all its channels."""
-    return all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+    for t in tensors:  # noqa: SIM110  in all() it takes three times as long, and every convolution asks
+        if not t.is_contiguous(memory_format=torch.channels_last):
+            return False
+    return True
 
 
 def _rows(t: Tensor) -> Tensor:

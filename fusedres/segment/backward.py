@@ -162,14 +162,17 @@ class Backward:
             return None
         filters = self.links[index].computed_weight()
         dx, dweight, dbias = step.convolution.backward(
-            dy, entering, filters, step.geometry, (wanted, weight, bias), residual, in_place
+            dy, entering, filters, step.geometry, (wanted, weight, bias), residual, in_place, *step.chosen
         )
         self._store(index, 0, dweight, dbias)
         return dx if wanted else None
 
     def _first(self, step: Step, d_output: Tensor, dy: Tensor) -> Tensor | None:
         """From the gradient of the first convolution's result to x's, with the shortcut's share."""
-        into_source = self.into_source
+        into_source, projection = self.into_source, self.plan.projection
+        if self.waiting is not None and projection is not None:
+            dx = self._convolution(0, step, d_output, self.x, True)
+            return self._convolution(len(self.plan.chain), projection, self.waiting, self.source, True, dx, True)
         if into_source is None or not self.shared:
             return self._convolution(0, step, d_output, self.x, self.needs[0])
         return self._convolution(0, step, d_output, self.x, True, into_source, into_source is not dy)
@@ -209,7 +212,7 @@ def backward_again(
     """create_graph: the formula rerun in ordinary operations."""
 
     def run(step: Step, link: Kept, x: Tensor, weight: Tensor, bias: Any, norm_weight: Any, norm_bias: Any) -> Tensor:
-        step = step._replace(convolution=reference.TRAINING_CONVOLUTION)  # which can be differentiated again
+        step = Step(*step[:5])  # aten's convolution, which can be differentiated again
         z = step.convolve(x.to(plan.dtype), weight.to(plan.dtype), bias)
         return gradients.normalise_again(z, norm_weight, norm_bias, link.stats, statistics_of(step.norm), step.norm.eps)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Step(NamedTuple):
     norm: Norm
     act: Activation
     convolution: TrainingConvolution = reference.TRAINING_CONVOLUTION
+    chosen: tuple[Any, ...] = ()  # what the convolution's functions are told
 
     def output_sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         channels, _, *kernel = self.weight.shape
@@ -32,16 +33,12 @@ class Step(NamedTuple):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(weight.dtype)
-        return self.convolution.forward(x, weight, bias, self.geometry)
+        return self.convolution.forward(x, weight, bias, self.geometry, *self.chosen)
 
 
 def convolved(steps: list[Step], requests: Sequence[Request]) -> list[Step]:
     """With the convolutions of those whom the dispatcher names."""
-    found = [dispatch.convolving(request).training_convolution for request in requests]
-    return [
-        step if convolution is None else step._replace(convolution=convolution)
-        for step, convolution in zip(steps, found, strict=True)
-    ]
+    return [Step(*step[:5], *dispatch.convolving(request)[1:]) for step, request in zip(steps, requests, strict=True)]
 
 
 class Plan(NamedTuple):

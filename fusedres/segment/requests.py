@@ -60,7 +60,7 @@ def _kind(t: Tensor | None) -> Any:
 
 
 def _kind_of_step(step: Step) -> Any:
-    weight, bias, geometry, norm, act, _ = step
+    weight, bias, geometry, norm, act, *_ = step
     members = [None if t is None else (t.shape, t.dtype, t.device) for t in norm[:4]]
     return (_kind(weight), _kind(bias), geometry, act.code, norm.training, norm.eps > 0, *members)
 

@@ -54,10 +54,10 @@ def _calls(problem: Problem, strides: Strides) -> tuple[Calls, list[Tensor]]:
     ways = {name: Tiles(tile, tile, tile) for name, tile in native_training.candidates(problem).items()}
     if result == "y":
         forward = partial(native_training.forward, x, weight, None, geometry)
-        return {name: partial(forward, tiles) for name, tiles in ways.items()}, [x]
+        return {name: partial(forward, tiles, tiles) for name, tiles in ways.items()}, [x]
     dy = normal(sizes[0], outputs, rows, columns)
     residual = normal(*sizes) if result == "dx+add" else None
     wanted = result != "dweight", result == "dweight", False
     backward = partial(native_training.backward, dy, x, weight, geometry, wanted, residual, residual is not None)
     warm = [dy] if residual is None else [dy, residual]
-    return {name: partial(backward, tiles) for name, tiles in ways.items()}, warm
+    return {name: partial(backward, tiles, tiles) for name, tiles in ways.items()}, warm
