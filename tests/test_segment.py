@@ -176,6 +176,22 @@ def test_the_shortcuts_gradient_is_added_in_place_or_by_the_convolution(kernel_b
         assert not operations.count["add"]
 
 
+def test_a_strided_projections_gradient_is_added_to_the_pixels_that_it_saw(kernel_backend):
+    block, _ = BUILDS["bottleneck, projection"](dtype=torch.float32)
+    x = input_of(block, torch.float32)
+    for frozen in (False, True):
+        if frozen:
+            block.shortcut.requires_grad_(False)
+        block.zero_grad()
+        y = block(x.detach().requires_grad_())
+        with Operations() as operations:
+            y.backward(torch.ones_like(y))
+        dense = [wanted for wanted in operations.gradients if wanted[0]]
+        assert len(dense) == 3, "the chain's, and not the projection's"
+        assert operations.count["mm"] == operations.count["add_"] == 1
+        assert not operations.count["add"]
+
+
 def saved(block, x):
     """What a forward keeps, beside its parameters, its input and its output."""
     known = {t.untyped_storage().data_ptr() for t in (x, *block.parameters(), *block.buffers())}

@@ -44,6 +44,7 @@ class Backward:
         self.y, self.mask, self.links, self.needs = y, mask, links, needs
         self.wants_source = needs[0 if shared else 1]
         self.into_source: Tensor | None = None  # the shortcut's gradient
+        self.waiting: Tensor | None = None  # of the projection's result, where its convolution's turn is the last
         self.found: list[Tensor | None] = [None] * len(needs)
 
     def run(self, dy: Tensor) -> list[Tensor | None]:
@@ -130,15 +131,24 @@ class Backward:
             )
             self._store(index, 2, dweight, dbias)
             dr = found if wanted[3] else dr
-            if projection is not None:
+            if projection is not None and link_r is not None:
                 self._store(index + 1, 2, dweight_r, dbias_r)
+                self.links[index + 1] = link_r._replace(output=None)
                 if wanted[3]:
-                    dr = self._convolution(index + 1, projection, found, self.source, self.wants_source)
-                self.links[index + 1] = self.links[index + 1].without_values()
+                    dr = self._projection(index + 1, projection, found)
         self.into_source = dr if self.wants_source else None
         if not self.shared:
             self.found[1] = self.into_source
         return dx if wants_output else None
+
+    def _projection(self, index: int, step: Step, dy: Tensor) -> Tensor | None:
+        """The gradient of what the projection convolved; None where that waits, because dy takes less memory."""
+        if self.wants_source and self.shared and dy.numel() < self.source.numel():
+            self.waiting = dy
+            return None
+        dx = self._convolution(index, step, dy, self.source, self.wants_source)
+        self.links[index] = self.links[index].without_values()
+        return dx
 
     def _with_output(self, index: int, step: Step, entering: Tensor) -> Kept:
         link = self.links[index]
