@@ -25,12 +25,12 @@ struct FirstLanes {
   int count;
 };
 template <class A>
-FUSEDRES_INLINE int count_of(AllLanes) {
-  return Vec<A>::kLanes;
+FUSEDRES_INLINE void add_lanes(double* totals, Vec<A> v, AllLanes) {
+  add_lanes(totals, v);
 }
 template <class A>
-FUSEDRES_INLINE int count_of(FirstLanes lanes) {
-  return lanes.count;
+FUSEDRES_INLINE void add_lanes(double* totals, Vec<A> v, FirstLanes lanes) {
+  for (int lane = 0; lane < lanes.count; ++lane) totals[lane] += v.v[lane];
 }
 
 FUSEDRES_INLINE Vec<float> load(const float* p, AllLanes) {

@@ -33,12 +33,8 @@ FUSEDRES_INLINE void reduce_block(const Shape& shape, Parts::Range rows, Place a
     at.mask += mask_row;
     at.ahead += kVectors * kLanes;
   }
-  for (int k = 0; k < kSums; ++k) {
-    A values[kVectors * kLanes];
-    for (int v = 0; v < kVectors; ++v) store(values + v * kLanes, sums[v][k]);
-    const int64_t count = kVectors * count_of<A>(lanes);
-    for (int64_t i = 0; i < count; ++i) totals[k][at.channel + i] += values[i];
-  }
+  for (int k = 0; k < kSums; ++k)
+    for (int v = 0; v < kVectors; ++v) add_lanes(totals[k] + at.channel + v * kLanes, sums[v][k], lanes);
 }
 
 // totals[k][c] += the sum of body's k-th term over rows [begin, end) and channels [first, last).

@@ -129,6 +129,12 @@ FUSEDRES_INLINE double sum_lanes(Vec<A> v) {
   return sum;
 }
 
+// totals[lane] += v[lane], in double.
+template <class A>
+FUSEDRES_INLINE void add_lanes(double* totals, Vec<A> v) {
+  for (int lane = 0; lane < Vec<A>::kLanes; ++lane) totals[lane] += v.v[lane];
+}
+
 #if defined(__AVX512F__)
 FUSEDRES_INLINE unsigned bits_above(Vec<float> z, float bound) {
   return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(z.v), _mm512_set1_ps(bound), _CMP_NLE_UQ);
@@ -140,6 +146,13 @@ FUSEDRES_INLINE double sum_lanes(Vec<float> v) {
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v.v));
   const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v.v, 1));
   return _mm512_reduce_add_pd(low + high);
+}
+// Written out: the compiler takes the lanes one by one.
+FUSEDRES_INLINE void add_lanes(double* totals, Vec<float> v) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v.v));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v.v, 1));
+  _mm512_storeu_pd(totals, _mm512_loadu_pd(totals) + low);
+  _mm512_storeu_pd(totals + 8, _mm512_loadu_pd(totals + 8) + high);
 }
 #elif defined(__AVX2__)
 FUSEDRES_INLINE unsigned bits_above(Vec<float> z, float bound) {
@@ -155,6 +168,12 @@ FUSEDRES_INLINE double sum_lanes(Vec<float> v) {
       _mm256_cvtps_pd(_mm256_castps256_ps128(v.v)) + _mm256_cvtps_pd(_mm256_extractf128_ps(v.v, 1));
   const __m128d pair = _mm256_castpd256_pd128(sum) + _mm256_extractf128_pd(sum, 1);
   return pair[0] + pair[1];
+}
+FUSEDRES_INLINE void add_lanes(double* totals, Vec<float> v) {
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v.v));
+  const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v.v, 1));
+  _mm256_storeu_pd(totals, _mm256_loadu_pd(totals) + low);
+  _mm256_storeu_pd(totals + 4, _mm256_loadu_pd(totals + 4) + high);
 }
 #endif
 
