@@ -188,7 +188,7 @@ def test_a_strided_projections_gradient_is_added_to_the_pixels_that_it_saw(kerne
             y.backward(torch.ones_like(y))
         dense = [wanted for wanted in operations.gradients if wanted[0]]
         assert len(dense) == 3, "the chain's, and not the projection's"
-        assert operations.count["mm"] == operations.count["add_"] == 1
+        assert operations.count["convolution"] == operations.count["add_"] == 1
         assert not operations.count["add"]
 
 

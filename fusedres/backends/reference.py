@@ -147,12 +147,10 @@ def conv_backward(
     if dx is not None and residual is not None:
         dx.add_(residual)
     if wants_dx and into is not None:
-        matrix = weight.flatten(1)
         if stride == (1, 1):
-            _rows(into).addmm_(_rows(dy), matrix)
+            _rows(into).addmm_(_rows(dy), weight.flatten(1))
         else:
-            images, _, *size = dy.shape
-            spread_(into, (_rows(dy) @ matrix).view(images, *size, -1).permute(0, 3, 1, 2), stride)
+            spread_(into, conv_forward(dy, weight.transpose(0, 1), None, Geometry()), stride)
         dx = into
     return dx, dweight, dbias
 
