@@ -24,7 +24,6 @@ Asked = list[list[str]]
 def forget() -> None:
     """As in a new process."""
     times._read.clear()
-    native_training.forget()
     dispatch.clear()
 
 

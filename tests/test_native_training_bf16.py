@@ -171,9 +171,7 @@ def test_the_tile_units_gradient_of_weights_is_atens(monkeypatch):
     arguments = (16, 64, 56, 56), (64, 64, 3, 3), Geometry(padding=(1, 1)), BF16
     for name, tile in (("avx512_bf16", 7), ("amx", 0)):
         monkeypatch.setattr(native_training, "instruction_set", lambda dtype, name=name: name)
-        native_training._tiles.cache_clear()
         assert native_training.tiles(*arguments).of_dweight == tile
-    native_training._tiles.cache_clear()
 
 
 @pytest.mark.parametrize("build", [("BasicBlock", 32, 40), ("Bottleneck", 64, 32)], ids=str)

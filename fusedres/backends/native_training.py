@@ -16,14 +16,13 @@ They are read once, so that a choice holds for the process; nothing is measured 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedres import times
-from fusedres.backends import Geometry, Request, TrainingConvolution, concrete, native_convolution, reference
+from fusedres.backends import Geometry, Request, TrainingConvolution, native_convolution, reference
 from fusedres.backends.native_convolution import instruction_set, tiles_of, winograd_is_on, winograd_tile
 from fusedres.times import Times
 
@@ -125,25 +124,9 @@ def tiles(
     Args:
         joins: whether a residual is added to dx.
     """
-    settings = geometry, dtype, joins, winograd_is_on(), times.threads()
-    try:
-        return _tiles(tuple(sizes), tuple(weight_sizes), *settings)
-    except TypeError:  # a symbolic size has no hash
-        return _tiles(concrete(sizes), concrete(weight_sizes), *settings)
-
-
-@lru_cache(maxsize=4096)  # that of a step's convolutions, which are asked for twice in each
-def _tiles(
-    sizes: tuple[int, ...],
-    weight_sizes: tuple[int, ...],
-    geometry: Geometry,
-    dtype: torch.dtype,
-    joins: bool,
-    winograd: bool,
-    threads: int,
-) -> Tiles:
     results = "y", "dx+add" if joins else "dx", "dweight"
-    return Tiles(*(choose(Problem(result, sizes, weight_sizes, geometry, dtype))[0] for result in results))
+    problems = (Problem(result, tuple(sizes), tuple(weight_sizes), geometry, dtype) for result in results)
+    return Tiles(*(choose(problem)[0] for problem in problems))
 
 
 def choose(problem: Problem) -> tuple[int, Times]:
@@ -202,11 +185,6 @@ def _has_kernel(problem: Problem) -> bool:
     if geometry.stride == (1, 1):
         return min(_turned(kernel, geometry)) >= 0
     return result == "dx+add" and kernel == [1, 1] and geometry.padding == (0, 0)
-
-
-def forget() -> None:
-    """Choose anew, of what the table holds now."""
-    _tiles.cache_clear()
 
 
 def _by_rule(problem: Problem, counted: int) -> int:

@@ -34,7 +34,6 @@ def measure(problem: Problem, strides: Strides) -> None:
     """Take a problem's times, which choose from now on; inside `times.measuring`."""
     calls, warm = _calls(problem, strides)
     times.take("cpu", problem.entry, calls, warm)
-    native_training.forget()
     dispatch.clear()
 
 
