@@ -131,12 +131,14 @@ FUSEDRES_INLINE void with_order(Order order, const F& f) {
 // MB on.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
-// Whether a pass should stream its output: it is large, and every vector of every row lies on a cache line.
+// Whether a pass should stream its output: it is large, and every vector of every row lies on a multiple of
+// its size. Where two of them are a cache line, a row's first and last lines may be written by halves.
 template <class T>
 FUSEDRES_INLINE bool streams(const Shape& shape, const void* output) {
+  constexpr int64_t kVector = VecOf<T>::kLanes * int64_t{sizeof(T)};
   const int64_t row = (shape.order == Order::kPixels ? shape.channels : shape.pixels) * int64_t{sizeof(T)};
-  return shape.elements() * int64_t{sizeof(T)} >= kStreamBytes && row % 64 == 0 &&
-         reinterpret_cast<uintptr_t>(output) % 64 == 0;
+  return shape.elements() * int64_t{sizeof(T)} >= kStreamBytes && row % kVector == 0 &&
+         reinterpret_cast<uintptr_t>(output) % kVector == 0;
 }
 
 // Asks for what a pass reads two pages later, into the second-level cache: at the end of a page the hardware

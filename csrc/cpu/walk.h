@@ -96,16 +96,21 @@ __attribute__((noinline)) void along_row(const Shape& shape, int64_t row, int64_
 template <class A, Order kOrder, class Body>
 void for_each_vector(const Shape& all, int64_t image_stride, const Body& body_for_all) {
   if constexpr (kOrder == Order::kPlanes) {
-    // Planes may be fewer than threads.
+    // Planes may be fewer than threads, and too small to be a tile each.
     const int64_t pieces = ceil_div(all.pixels, kGrainElements);
+    const int64_t together = ceil_div(kGrainElements, all.pixels);
     parallel(all.images * all.channels * pieces, minimum(all.pixels, kGrainElements),
              [&](int64_t begin, int64_t end) {
                const Shape shape = all;
                const Body body = body_for_all;
-               for (int64_t piece = end; piece-- > begin;) {
-                 const int64_t plane = piece / pieces, first = piece % pieces * kGrainElements;
-                 along_plane<A>(shape, plane, first, minimum(first + kGrainElements, shape.pixels),
-                                plane / shape.channels * image_stride, body);
+               while (end > begin) {
+                 const int64_t tile = maximum(begin, end - together);
+                 for (int64_t piece = tile; piece < end; ++piece) {
+                   const int64_t plane = piece / pieces, first = piece % pieces * kGrainElements;
+                   along_plane<A>(shape, plane, first, minimum(first + kGrainElements, shape.pixels),
+                                  plane / shape.channels * image_stride, body);
+                 }
+                 end = tile;
                }
                end_stream();
              });
