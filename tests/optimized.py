@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -112,3 +113,7 @@ def batch(size: int = 32, channels: int = 3, dtype: torch.dtype = torch.float32)
 
 def error(y: Tensor, exact: Tensor) -> float:
     return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+def root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value**2 for value in values) / len(values))

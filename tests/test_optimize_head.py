@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
-from optimized import batch, error, make, optimized, outputs
+from optimized import batch, error, make, optimized, outputs, root_mean_square
 from torch import Tensor, nn
 
 import fusedres
@@ -20,10 +19,6 @@ def network(*head: nn.Module) -> nn.Module:
 
 def classifier(outputs: int = 40, bias: bool = True) -> nn.Module:
     return network(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, outputs, bias=bias))
-
-
-def root_mean_square(values: Sequence[float]) -> float:
-    return math.sqrt(sum(value**2 for value in values) / len(values))
 
 
 def linear_of(model: nn.Module) -> nn.Linear:

@@ -96,7 +96,7 @@ class Filter(NamedTuple):
 
     weight: Tensor  # (O, I / groups, H, W), or what a backend has packed it into
     bias: Tensor | None = None  # (O,)
-    scale: Tensor | None = None  # (O,) fp32, a factor of the sums, for a backend that `scales`
+    scale: Tensor | None = None  # (O,) fp32, a factor of the sums
 
 
 class Statistics(IntEnum):
@@ -148,7 +148,8 @@ class Convolution:
             first; without it there is one way.
         prepare: (x, packed filter, residual, geometry, act, y) -> a call that computes y from what then lies in x and
             the residual, which may be y.
-        scales: whether it multiplies by the filter's scale.
+        scales: whether it multiplies by the filter's scale. Another is given the weight alone where there is one, and
+            scale, bias, residual and activation follow in a pass of their own.
     """
 
     pack: Pack

@@ -110,9 +110,10 @@ def conv_act(
 
 
 def as_it_is(taps: Filter, geometry: Geometry, sizes: Sequence[int], joins: bool) -> Filter:
-    """The packing of a backend that takes a filter as it is: its bias in the weight's dtype."""
-    weight, bias, _ = taps
-    return Filter(weight, None if bias is None else bias.to(weight.dtype))
+    """The packing of a backend that takes a filter as it is: its bias in the weight's dtype, unless a scale comes
+    before it."""
+    weight, bias, scale = taps
+    return taps if bias is None or scale is not None else Filter(weight, bias.to(weight.dtype))
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusedres import executor
-from fusedres.backends import Convolution, Filter, Geometry
-from fusedres.epilogue import IDENTITY
+from fusedres import executor, ops
+from fusedres.backends import Affine, Convolution, Filter, Geometry
+from fusedres.epilogue import IDENTITY, Activation
 from fusedres.inference.arena import Likeness
 from fusedres.inference.steps import Convolve, Join, Normalise, Operation, is_fresh
 
@@ -88,7 +88,7 @@ def of_linear(convolution: Convolution, taps: Filter, linear: nn.Linear, dtype: 
 
 
 def _alone(convolution: Convolution, taps: Filter, operation: Convolve, dtype: torch.dtype | None, x: Tensor) -> Tensor:
-    return convolution.run(in_channels_last(x, dtype), taps, None, operation.geometry, operation.act, False)
+    return _convolve(convolution, in_channels_last(x, dtype), taps, None, operation.geometry, operation.act, False)
 
 
 def _joined(
@@ -102,10 +102,26 @@ def _joined(
 ) -> Tensor:
     x, geometry = in_channels_last(x, dtype), operation.geometry
     if _is_residual(operation, x, residual):
-        return convolution.run(x, taps, in_channels_last(residual), geometry, operation.act, in_place)
-    z = convolution.run(x, taps, None, geometry, IDENTITY, False)
+        return _convolve(convolution, x, taps, in_channels_last(residual), geometry, operation.act, in_place)
+    z = _convolve(convolution, x, taps, None, geometry, IDENTITY, False)
     assert operation.parts is not None
     return executor.join(operation.parts, z, None, None, residual, None)
+
+
+def _convolve(
+    convolution: Convolution,
+    x: Tensor,
+    taps: Filter,
+    residual: Tensor | None,
+    geometry: Geometry,
+    act: Activation,
+    in_place: bool,
+) -> Tensor:
+    """By a backend that doesn't scale, all that follows the sums in one pass behind it."""
+    if taps.scale is None or convolution.scales:
+        return convolution.run(x, taps, residual, geometry, act, in_place)
+    sums = convolution.run(x, Filter(taps.weight), None, geometry, IDENTITY, False)
+    return ops.affine_act(sums, Affine(taps.scale, taps.bias), residual=residual, act=act)
 
 
 def _is_residual(operation: Convolve, x: Tensor, residual: Tensor) -> bool:

@@ -3,8 +3,8 @@
 gate * ((conv(x) + conv.bias - mean) * scale + bias)  =  conv'(x) + bias'
 weight' = weight * gate * scale,  bias' = gate * ((conv.bias - mean) * scale + bias),  scale = gamma / sqrt(var + eps)
 
-A weight that is stored in 16 bits would be rounded a second time. Where the backend can multiply the sums by them, the
-factors stay apart: conv'(x) = conv(x) * gate * scale.
+A weight that is stored in 16 bits would be rounded a second time. Where the backend can multiply the sums by them, and
+where a pass follows the convolution anyway, the factors stay apart: conv'(x) = conv(x) * gate * scale.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def fold(step: Convolve, dtype: torch.dtype, *, apart: bool) -> Filter:
     wide = torch.promote_types(dtype, torch.float32)
     bias = None if bias is None else bias.to(wide)
     weight, order = conv.weight.detach(), torch.channels_last
-    if apart and weight.dtype is dtype is not wide:
+    if apart and weight.dtype is dtype is not wide and (step.norm is not None or step.gate is not None):
         scale = factor.to(wide).expand(conv.out_channels).contiguous()
         return Filter(weight.contiguous(memory_format=order), bias, scale)
     weight = weight.double() * factor.view(-1, 1, 1, 1)

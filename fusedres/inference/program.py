@@ -138,7 +138,8 @@ class Program:
     def _pack(self, step: Step, candidate: Candidate, x: Tensor) -> Filter:
         operation = step.operation
         assert isinstance(operation, Convolve)
-        taps = folding.fold(operation, self.mode.dtype, apart=candidate.convolution.scales)
+        apart = candidate.convolution.scales or bool(candidate.backend.plain)
+        taps = folding.fold(operation, self.mode.dtype, apart=apart)
         return candidate.pack(taps, operation.geometry, x.shape, operation.parts is not None)
 
 
