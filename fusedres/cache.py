@@ -1,4 +1,4 @@
-"""The per-user cache: a directory only its owner can write, a lock that dies with its holder, sealed entries, tables.
+"""The per-user cache: a directory only its owner can write, locks that die with their holder, sealed entries, tables.
 
 An entry is a folder with a file and `manifest.json`, which records the file's sha256 and the key that it was
 made for. It appears complete, in one rename, and is verified each time before it is used. A table is a
@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = "tmp-"
 FAILURE_PREFIX = "failed-"
 TABLE_PREFIX = "tuned-"
+BUILD_LOCK, TABLES_LOCK = "lock", "tables.lock"
 LOCK_SECONDS = 1800.0
 FAILURE_SECONDS = 600.0
 POLL_SECONDS = 0.02
@@ -44,6 +45,8 @@ def location() -> Path:
 
 def open_private(root: Path) -> Path:
     """Create `root` for its owner alone, or check that it is so; what is above it is the user's affair."""
+    if not hasattr(os, "geteuid"):
+        raise Refused(f"the cache must be private, and on {os.name} there is no telling whose {root} is")
     root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         root.mkdir(mode=0o700)
@@ -68,23 +71,25 @@ def _require_ours(path: Path, is_kind: Callable[[int], bool], remedy: str) -> No
 
 
 @contextmanager
-def locked(root: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the cache's lock. The kernel releases it when the process dies, however it dies.
+def locked(root: Path, waiting: Callable[[], None], name: str = BUILD_LOCK) -> Iterator[None]:
+    """Hold a lock of the cache. The kernel releases it when the process dies, however it dies.
 
     Args:
         waiting: called again and again while another process holds the lock.
+        name: BUILD_LOCK, which a build holds for minutes, or TABLES_LOCK, which who writes a table holds for that.
     """
-    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    path = root / name
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     _held.add(descriptor)
     try:
-        _acquire(descriptor, root, waiting)
+        _acquire(descriptor, path, waiting)
         yield
     finally:
         _held.discard(descriptor)
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, root: Path, waiting: Callable[[], None]) -> None:
+def _acquire(descriptor: int, path: Path, waiting: Callable[[], None]) -> None:
     import fcntl  # absent on Windows, where this module is imported but nothing is built
 
     started = time.monotonic()
@@ -95,7 +100,7 @@ def _acquire(descriptor: int, root: Path, waiting: Callable[[], None]) -> None:
         except BlockingIOError:
             pass
         if time.monotonic() - started > LOCK_SECONDS:
-            raise TimeoutError(f"another process has held {root / 'lock'} for {LOCK_SECONDS:.0f} s; end it")
+            raise TimeoutError(f"another process has held {path} for {LOCK_SECONDS:.0f} s; end it")
         waiting()
         time.sleep(POLL_SECONDS)
 

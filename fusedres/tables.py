@@ -1,4 +1,4 @@
-"""Tables of what was measured on a device, kept in the user's cache: one JSON file each, replaced whole.
+"""Tables of what was measured on a device, kept in the user's cache: one JSON file each, replaced whole under a lock.
 
 A table is used only as it was written: under the header that its reader expects, with entries that its reader accepts,
 and undamaged. Any other is ignored, with one warning.
@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusedres import cache
+from fusedres.compiler import Progress
 
 
 class Unusable(Exception):  # noqa: N818  it is a verdict
@@ -55,20 +56,32 @@ class Table:
 
     def save(self, entries: Mapping[str, object]) -> Path:
         """Replace the file."""
-        path = self.path
-        body = {"header": dict(self.header), "entries": dict(entries)}
-        with cache.temporary(cache.open_private(path.parent)) as folder:
-            written = folder / path.name
-            written.write_text(json.dumps({**body, "sha256": _digest(body)}, indent=1, sort_keys=True) + "\n")
-            os.replace(written, path)
-        return path
+        with self._locked():
+            return self._replace(entries)
 
     def add(self, entries: Mapping[str, object], accept: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Path:
         """Put entries beside those that the file has by now, of other processes, if it can be used at all."""
         present: Mapping[str, object] = {}
-        with suppress(Exception):  # whoever reads it is warned
-            present = accept(self._entries(self.path.read_bytes()))
-        return self.save({**present, **entries})
+        with self._locked():
+            with suppress(Exception):  # whoever reads it is warned
+                found = self._entries(self.path.read_bytes())
+                accept(found)
+                present = found
+            return self._replace({**present, **entries})
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        waiting = Progress(f"waiting for another process, which writes {self.path}", 0)
+        with cache.locked(cache.open_private(self.path.parent), waiting.update, cache.TABLES_LOCK):
+            yield
+
+    def _replace(self, entries: Mapping[str, object]) -> Path:
+        path = self.path
+        body = {"header": dict(self.header), "entries": dict(entries)}
+        written = path.with_suffix(".new")  # a name that never changes: what the killed leave is written over
+        written.write_text(json.dumps({**body, "sha256": _digest(body)}, indent=1, sort_keys=True) + "\n")
+        os.replace(written, path)
+        return path
 
     def _entries(self, text: bytes) -> Mapping[str, Any]:
         data = json.loads(text)

@@ -47,9 +47,9 @@ def load(device: str) -> Mapping[str, Config]:
 
 
 def save(device: str, found: Mapping[str, Config]) -> Path:
-    """Add to the device's table; the file is replaced whole, and used from now on."""
+    """Add to the device's table, which is used from now on."""
     table = {**load(device), **found}
-    path = _table(device).save({entry: astuple(config) for entry, config in table.items()})
+    path = _table(device).add({entry: astuple(config) for entry, config in found.items()}, _declared)
     _read[device] = table
     return path
 
