@@ -43,9 +43,9 @@ def test_every_batch_is_replayed_and_no_output_written_to_again() -> None:
     model, eager = pair()
     inputs = [images(1 + i % 4) for i in range(12)]
     for x, y in [(x, model(x)) for x in inputs]:
-        assert_close(y, eager(x))
+        assert_close(y, eager, x)
     assert captured(model) == 3
-    assert_close(model(images(9))[:1].isfinite(), torch.ones(1, 7, dtype=torch.bool))
+    assert model(images(9)).isfinite().all()
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def test_a_replay_follows_the_stream_that_calls_it() -> None:
             torch.cuda._sleep(10_000_000)
             x.mul_(2)
             y = model(x)
-            assert_close(y, eager(x))
+            assert_close(y, eager, x)
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def test_a_change_is_captured_anew() -> None:
     for module in (model, eager):
         module.conv1.weight.mul_(2)
     x = images(4)
-    assert_close(model(x), eager(x))
+    assert_close(model(x), eager, x)
     assert captured(model) == 1
 
 
@@ -88,7 +88,7 @@ def test_eight_threads_get_their_own_results() -> None:
         found = list(pool.map(call, inputs))
     with torch.no_grad():
         for x, y in zip(inputs, found, strict=True):
-            assert_close(y, eager(x))
+            assert_close(y, eager, x)
 
 
 @torch.no_grad()
@@ -99,4 +99,4 @@ def test_inside_a_capture_the_plan_itself_is_captured() -> None:
         y = model(x)
     x.copy_(images(4))
     graph.replay()
-    assert_close(y, eager(x))
+    assert_close(y, eager, x)
