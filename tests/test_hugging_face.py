@@ -70,12 +70,12 @@ def test_a_saved_classifier_holds_the_original_classes(tmp_path):
     model.eval()
     x, _ = images()
     model.save_pretrained(tmp_path / "pretrained")
-    loaded = type(model).from_pretrained(tmp_path / "pretrained").double().eval()
-    torch.testing.assert_close(loaded(x).logits, model(x).logits, rtol=1e-5, atol=1e-5)
+    loaded = type(model).from_pretrained(tmp_path / "pretrained", dtype=torch.float64).eval()
+    torch.testing.assert_close(loaded(x).logits, model(x).logits, rtol=1e-12, atol=1e-12)
     torch.save(model, tmp_path / "whole.pt")
     whole = torch.load(tmp_path / "whole.pt", weights_only=False)
     assert not any(isinstance(module, Fused) for module in whole.modules())
-    torch.testing.assert_close(whole(x).logits, model(x).logits)
+    torch.testing.assert_close(whole(x).logits, model(x).logits, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("change", ["hook on a layer", "layer replaced", "layer appended", "hook on the shortcut"])
