@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import product
+from statistics import geometric_mean
 
 import hugging_face
 import pytest
@@ -98,18 +100,17 @@ def test_fp32_and_bf16_keep_to_eagers_error(family: str, order: torch.memory_for
     assert report.convolutions and all(line.backend in ("native", "onednn") for line in report.convolutions)
 
 
-def test_bf16_is_on_average_no_worse_than_eagers() -> None:
-    total = {"ours": 0.0, "eager": 0.0}
-    for seed in range(8):
+def test_bf16_keeps_to_eagers_error_over_all_families() -> None:
+    """One of them is chance: a few values, of which a ReLU near zero decides."""
+    ratios = []
+    for family, seed in product(FAMILIES, range(2)):
         torch.manual_seed(seed)
-        model = make(basic(1, 1, 1, 1))
+        model = make(FAMILIES[family])
         ours, _ = optimized(model)
-        x = batch()
-        exact = outputs(copy.deepcopy(model).double(), x.double())
         with torch.autocast("cpu", torch.bfloat16):
-            total["ours"] += error(outputs(ours, x), exact)
-            total["eager"] += error(outputs(model, x), exact)
-    assert total["ours"] <= 1.1 * total["eager"]
+            found, theirs = errors(ours, model, batch())
+        ratios.append(found / theirs)
+    assert geometric_mean(ratios) <= 1.1
 
 
 @pytest.mark.usefixtures("native")
