@@ -167,7 +167,7 @@ def test_a_compiled_model_that_is_not_frozen_is_no_contestant(monkeypatch):
 
 @pytest.mark.parametrize("name", list(PEERS))
 def test_a_peer_agrees_where_it_is_installed_or_says_why_not(name):
-    pytest.importorskip(name)
+    pytest.importorskip(name, reason=f"needs {name}, of the extra peers")
     found = compared(work(training=False), {BASELINE: ENTRIES[BASELINE], name: PEERS[name]})
     assert found.results[1].absent is None and found.results[1].samples_ms
     with pytest.raises(Absent, match="inference only"):

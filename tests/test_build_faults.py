@@ -33,7 +33,7 @@ from fusedres.target import Target
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the compiled library is for Linux"),
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="builds a library: needs g++"),
 ]
 
 

@@ -58,7 +58,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="the example takes its models from timm")
 def test_finetuning_a_model_of_timm(tmp_path):
     saved = tmp_path / "tuned.pt"
     sizes = ("--model", "resnet10t", "--size", 32, "--batch", 4, "--steps", 2)
@@ -78,7 +78,7 @@ def test_serving(dtype):
     assert apart < {"fp32": 1e-4, "bf16": 0.05}[dtype]
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch is built without gloo")
 def test_two_processes():
     words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, EXAMPLES / "ddp.py")
     printed = run(*words, "--size", 32, "--batch", 2, "--steps", 2, "--sync-bn")

@@ -141,7 +141,7 @@ def process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="gloo's file rendezvous")
+@pytest.mark.skipif(os.name == "nt", reason="gloo's meeting over a file is tried on Linux and macOS")
 def test_sync_batch_norm_in_a_group_of_one_is_a_plain_one(process_group, backend):
     fused, _ = projection_pair(norm_layer=nn.SyncBatchNorm)
     plain, eager = projection_pair()

@@ -130,6 +130,6 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Windows has not")
 def test_a_forked_child_computes_as_its_parent(run_python):
     run_python(FORK)

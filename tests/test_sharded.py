@@ -5,7 +5,7 @@ import os
 import pytest
 from test_synchronised import run_workers
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="gloo's file rendezvous")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="gloo's meeting over a file is tried on Linux and macOS")
 
 WORKER = """
 import sys

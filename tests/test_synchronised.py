@@ -9,7 +9,7 @@ import pytest
 
 import fusedres
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="gloo's file rendezvous")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="gloo's meeting over a file is tried on Linux and macOS")
 
 
 def run_workers(count, arguments_of):

@@ -84,7 +84,7 @@ def instructions(folder: Path, source: str) -> list[str]:
     return re.findall(r"^ +\w+:\s+((?:tile|tdp|ldtile)\S+.*?)\s*$", printed, re.MULTILINE)
 
 
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="reads machine code: needs objdump")
 @pytest.mark.skipif("amx" not in VARIANTS, reason="x86-64 alone has the unit")
 @pytest.mark.parametrize("source", ["conv_tiles", "conv_dweight_tiles"])
 def test_the_library_has_the_units_instructions(tmp_path_factory, source):

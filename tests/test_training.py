@@ -183,7 +183,7 @@ os._exit(0)  # tearing the reducer down after its process group can wait for eve
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="gloo's file rendezvous")
+@pytest.mark.skipif(os.name == "nt", reason="gloo's meeting over a file is tried on Linux and macOS")
 @pytest.mark.parametrize("kernels", ["reference", "python"])
 def test_distributed_data_parallel_has_eagers_gradients_and_statistics(kernels, run_python, tmp_path):
     def rank(index):
