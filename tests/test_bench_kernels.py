@@ -58,7 +58,8 @@ def test_a_fused_step_calls_an_op_for_each_norm_and_moves_what_the_roofline_says
     ours = sum(
         kernel.bytes for name, kernel in fused.items() if name.startswith("fusedres_python") or name == "aten.add_"
     )
-    assert elementwise[Design.FOLDED] < ours < 1.35 * elementwise[Design.FOLDED]  # y and masks on top
+    # y and masks on top; the strided projection's gradient is added to a quarter of the pixels, which is less.
+    assert ours == pytest.approx(elementwise[Design.FOLDED], rel=0.01)
     names = {f"aten.{name}" for name in ("relu", "relu_", "threshold_backward", "add", "add_")}
     norms = {f"aten.native_batch_norm{way}" for way in ("", "_backward")}
     theirs = sum(eager[name].bytes for name in names | norms)

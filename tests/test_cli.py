@@ -14,7 +14,7 @@ import torch
 import fusedres
 from fusedres import __main__ as entry
 from fusedres import build, cache, cli, commands, dispatch, doctor, machine, times
-from fusedres.backends import native_training, reference
+from fusedres.backends import reference
 from fusedres.native_sources import CUDA, NATIVE, VARIANTS
 from fusedres.tuning import kernels
 
@@ -298,7 +298,6 @@ def test_tune_on_a_cpu_prints_what_was_chosen_and_where_it_is_kept(run, native, 
         assert "what tuning found" in run("info")[1] and "tuned-convolutions" in run("cache")[1]
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        native_training.forget()
         dispatch.clear()
     status, _, error = run(*words)
     assert status == 1 and error.count("\n") == 1 and "deterministic algorithms" in error

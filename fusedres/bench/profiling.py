@@ -146,14 +146,21 @@ def rows(model: nn.Module, work: Work, eager: Profile, fused: Profile, ceilings:
             groups["elementwise", layer.shape].append(layer)
     found = []
     for (kind, key), alike in groups.items():
+        keys = [key, *_products(alike[0], *key)] if kind == "conv" else [key]
         before, after = (
-            (profile.convolutions if kind == "conv" else profile.elementwise).get(key, 0.0)
+            sum((profile.convolutions if kind == "conv" else profile.elementwise).get(key, 0.0) for key in keys)
             for profile in (eager, fused)
         )
         possible = 1e3 * sum(layer.seconds(Design.FOLDED, ceilings.matmul, ceilings.copy) for layer in alike)
         what = alike[0].what if kind == "conv" else "norm, add, act"
         found.append(Row(what, alike[0].shape, len(alike), before, after, possible))
     yield from sorted(found, key=lambda row: row.eager, reverse=True)
+
+
+def _products(layer: Layer, given: Shape, weight: Shape) -> list[tuple[Shape, Shape]]:
+    """A strided 1x1 convolution's gradient of x may be found for those pixels alone that it saw."""
+    seen = (*given[:2], *layer.shape[2:])
+    return [(seen, weight)] if weight[2:] == (1, 1) and seen != given else []
 
 
 def _weight(model: nn.Module, layer: Layer) -> Shape:
