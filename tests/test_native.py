@@ -10,6 +10,7 @@ import python_backend as python
 import torch
 from torch import Tensor
 
+from fusedres import ops
 from fusedres.epilogue import CATALOGUE
 from fusedres.ops import kernels
 
@@ -330,6 +331,30 @@ def test_results_are_the_same_bits_whatever_the_threads(channels_last, gate):
                 assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), count
         finally:
             torch.set_num_threads(threads)
+
+
+# Rows of whole cache lines, of lines and a half, and of no whole vectors.
+LARGE = (((8, 64, 96, 96), True), ((6, 48, 130, 130), True), ((6, 1024, 28, 28), False), ((8, 2816, 14, 14), False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape, channels_last", LARGE)
+def test_what_bypasses_the_caches_is_what_smaller_tensors_are(shape, channels_last, dtype):
+    """Beyond 8 MiB; the same values image by image are below."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    x, r, dy = (torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout) for _ in range(3))
+    affine = ops.Affine(torch.rand(shape[1], generator=generator), torch.randn(shape[1], generator=generator))
+    assert x.nbytes > 8 << 20 > x[:1].nbytes
+
+    def results(x, r, dy):
+        x, r = x.detach().requires_grad_(), r.detach().requires_grad_()
+        y = ops.affine_act(x, affine, residual=r, act="relu")
+        return y.detach(), *torch.autograd.grad(y, (x, r), dy)
+
+    images = [results(*(t[i : i + 1] for t in (x, r, dy))) for i in range(shape[0])]
+    for found, expected in zip(results(x, r, dy), zip(*images, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(expected))
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -222,7 +222,8 @@ def backward_again(
     """create_graph: the formula rerun in ordinary operations."""
 
     def run(step: Step, link: Kept, x: Tensor, weight: Tensor, bias: Any, norm_weight: Any, norm_bias: Any) -> Tensor:
-        step = Step(*step[:5])  # aten's convolution, which can be differentiated again
+        # aten's convolution, which can be differentiated again
+        step = step._replace(convolution=reference.TRAINING_CONVOLUTION, chosen=())
         z = step.convolve(x.to(plan.dtype), weight.to(plan.dtype), bias)
         return gradients.normalise_again(z, norm_weight, norm_bias, link.stats, statistics_of(step.norm), step.norm.eps)
 

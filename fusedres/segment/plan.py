@@ -38,7 +38,8 @@ class Step(NamedTuple):
 
 def convolved(steps: list[Step], requests: Sequence[Request]) -> list[Step]:
     """With the convolutions of those whom the dispatcher names."""
-    return [Step(*step[:5], *dispatch.convolving(request)[1:]) for step, request in zip(steps, requests, strict=True)]
+    found = map(dispatch.convolving, requests)
+    return [step._replace(convolution=f.convolution, chosen=f.chosen) for step, f in zip(steps, found, strict=True)]
 
 
 class Plan(NamedTuple):
