@@ -201,6 +201,13 @@ struct ConvAxis {
   bool inside(int64_t place) const { return 0 <= place && place < size; }
 };
 
+// A weight as it lies; T, or float32, of which T's values are the roundings.
+struct PlainWeight {
+  const void* begin = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t strides[4] = {};  // outputs, inputs, rows, columns; may be negative
+};
+
 // y = act(conv(x, weight) * scale + bias + residual), all in channels_last
 struct ConvAct {
   int64_t images;
@@ -213,13 +220,12 @@ struct ConvAct {
   DType dtype;  // float32 or bfloat16
   int act;
   const void* x;                 // (N, H, W, I) T
-  const void* weights;           // T, packed: csrc/cpu/conv_weights.h
+  const void* weights;           // T, packed: csrc/cpu/conv_weights.h; with a tile null: as `plain` has them
   const float* bias;             // (O,), or null
   const void* residual;          // (N, H', W', O) T, or null; may be y
   void* y;                       // (N, H', W', O) T
   const float* scale = nullptr;  // (O,), or null
-  // With a tile `weights` need not be packed: then outputs, inputs, rows, columns of them as they lie.
-  const int64_t* strides = nullptr;
+  PlainWeight plain = {};
 };
 
 // packed <- weight, as csrc/cpu/conv_weights.h says; one group
@@ -229,10 +235,9 @@ struct ConvRepack {
   int64_t rows;  // of a window
   int64_t columns;
   int64_t tile;
-  DType dtype;             // float32 or bfloat16
-  const void* weight;      // T
-  const int64_t* strides;  // outputs, inputs, rows, columns; may be negative
-  void* packed;
+  DType dtype;  // float32 or bfloat16
+  PlainWeight weight;
+  void* packed;  // T
 };
 
 // dweight of conv(x, weight), one group, all in channels_last

@@ -79,11 +79,12 @@ class Case:
         rows, columns = (d * (k - 1) - p for k, p, d in zip(self.shape.kernel, padding, dilation, strict=True))
         return stride, (rows, columns), dilation
 
-    def layouts(self):
+    def layouts(self, dtype: torch.dtype = BF16):
         """The weight as users have it, and with gaps between its values."""
-        outputs, inputs, *kernel = self.weight.shape
-        gaps = torch.zeros(kernel[0], inputs, 2 * outputs, 2 * kernel[1], dtype=BF16)
-        yield from (self.weight, channels_last(self.weight), gaps.permute(2, 1, 0, 3)[::2, ..., ::2].copy_(self.weight))
+        weight = self.weight.to(dtype)
+        outputs, inputs, *kernel = weight.shape
+        gaps = torch.zeros(kernel[0], inputs, 2 * outputs, 2 * kernel[1], dtype=dtype)
+        yield from (weight, channels_last(weight), gaps.permute(2, 1, 0, 3)[::2, ..., ::2].copy_(weight))
 
     def y(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         x, weight, bias = (t.to(dtype) for t in (self.x, self.weight, self.bias))
@@ -122,6 +123,24 @@ def test_dx_is_the_formula_in_fp64(shape):
         assert torch.equal(in_place, joined)
         added = exact + case.residual
         assert relative_error(joined, added) <= 1.1 * relative_error(added.to(BF16), added)
+
+
+@pytest.mark.parametrize("shape", [*DIRECT, *TILED], ids=repr)
+def test_a_float32_weight_is_rounded_as_it_is_read(shape):
+    case = Case(shape)
+    # Ties to even in both directions, a carry into the exponent, what overflows, and what is small.
+    special = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 2 - 2**-9, 3.4e38, -3.4e38, 1e-39, -0.0])
+    g = torch.Generator().manual_seed(1)
+    case.weight = torch.randn(case.weight.shape, generator=g)
+    case.weight.view(-1)[: special.numel()] = special[: case.weight.numel()]
+    calls = [(case.x, case.windows, False), (case.dy, case.turned, True)]
+    for weight in case.layouts(torch.float32):
+        for operand, windows, transposed in calls[: 2 if shape.geometry.stride == (1, 1) else 1]:
+            found, expected = (
+                operators().conv(operand, w, None, None, *windows, shape.tile, transposed)
+                for w in (weight, weight.to(BF16))
+            )
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [s for s in (*DIRECT, *TILED) if s.tile in (1, 7)], ids=repr)

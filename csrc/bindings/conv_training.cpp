@@ -21,19 +21,21 @@ float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 struct Weight {
   int64_t outputs, inputs;
   int64_t kernel[2];
-  const char* begin;
-  int64_t strides[4];
+  PlainWeight plain;
 
   Weight(const Tensor& weight, bool transposed)
       : outputs(weight.size(0)),
         inputs(weight.size(1)),
         kernel{weight.size(2), weight.size(3)},
-        begin(static_cast<const char*>(weight.data_ptr())),
-        strides{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)} {
+        plain{weight.data_ptr(),
+              dtype_of(weight),
+              {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}} {
     if (!transposed) return;
+    int64_t (&strides)[4] = plain.strides;
+    const int64_t last = (kernel[0] - 1) * strides[2] + (kernel[1] - 1) * strides[3];
+    plain.begin = static_cast<const char*>(plain.begin) + last * size_of(plain.dtype);
     std::swap(outputs, inputs);
     std::swap(strides[0], strides[1]);
-    begin += ((kernel[0] - 1) * strides[2] + (kernel[1] - 1) * strides[3]) * size_of(dtype_of(weight));
     strides[2] = -strides[2];
     strides[3] = -strides[3];
   }
@@ -64,7 +66,7 @@ constexpr int64_t kMostPacked = int64_t{4} << 20;
 void convolve(const Tensor& x, const Weight& weight, const OptionalTensor& bias, const Tensor* residual,
               const Tensor& y, const Windows& windows, int64_t tile) {
   const DType dtype = dtype_of(x);
-  const auto& [outputs, inputs, kernel, begin, strides] = weight;
+  const auto& [outputs, inputs, kernel, plain] = weight;
   ConvAct op{x.size(0),
              inputs,
              outputs,
@@ -75,21 +77,20 @@ void convolve(const Tensor& x, const Weight& weight, const OptionalTensor& bias,
              dtype,
              0,
              x.data_ptr(),
-             begin,
+             nullptr,
              bias ? floats(*bias) : nullptr,
              residual ? residual->data_ptr() : nullptr,
              y.data_ptr(),
              nullptr,
-             strides};
+             plain};
   Arena arena;
   const ConvWeights shape{dtype, 1, inputs, outputs, kernel[0], kernel[1], tile};
   const int64_t bytes = shape.elements() * size_of(dtype);
   if (tile == 1 || bytes <= kMostPacked) {
     void* const packed = arena.take<char>(bytes);
     variant_for(DType::kFloat32)
-        .conv_repack({inputs, outputs, kernel[0], kernel[1], tile, dtype, begin, strides, packed});
+        .conv_repack({inputs, outputs, kernel[0], kernel[1], tile, dtype, plain, packed});
     op.weights = packed;
-    op.strides = nullptr;
   }
   variant_for(dtype).conv_act(op);
 }
@@ -100,8 +101,8 @@ Weight weight_for(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16,
                   "conv: x must be float32 or bfloat16; convert it");
   STD_TORCH_CHECK(is_channels_last(x), "conv: x must be in channels_last; convert it");
-  STD_TORCH_CHECK(weight.dim() == 4 && dtype_of(weight) == dtype,
-                  "conv: the weight must have x's dtype and four dimensions");
+  STD_TORCH_CHECK(weight.dim() == 4 && (dtype_of(weight) == dtype || dtype_of(weight) == DType::kFloat32),
+                  "conv: the weight must be float32 or have x's dtype, and four dimensions");
   STD_TORCH_CHECK(!bias || dtype_of(*bias) == DType::kFloat32, "conv: the bias must be float32; convert it");
   const Weight found(weight, transposed);
   STD_TORCH_CHECK(x.size(1) == found.inputs, "conv: x has ", x.size(1), " channels, and the weight is for ",

@@ -22,8 +22,7 @@ void pack_points(const ConvWeights& shape, int64_t block, int64_t first, int64_t
 
 template <class T, int kTile>
 void repack(const ConvRepack& op) {
-  const RawWeights from{
-      {op.dtype, 1, op.inputs, op.outputs, op.rows, op.columns, kTile}, op.weight, op.strides};
+  const RawWeights from{{op.dtype, 1, op.inputs, op.outputs, op.rows, op.columns, kTile}, op.weight};
   const ConvWeights& shape = from.shape;
   T* const packed = static_cast<T*>(op.packed);
   const int64_t pieces = shape.flat() ? 1 : ceil_div(op.inputs, kInputs);

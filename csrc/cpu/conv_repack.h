@@ -2,6 +2,8 @@
 // every call.
 #pragma once
 
+#include <type_traits>
+
 #include "conv_product.h"
 #include "conv_weights.h"
 #include "walk.h"
@@ -9,11 +11,15 @@
 
 namespace fusedres::FUSEDRES_ISA {
 
-// A weight as it lies, of one group, and how it is to be packed.
+// A weight of one group, and how it is to be packed.
 struct RawWeights {
   ConvWeights shape;
-  const void* begin;       // T
-  const int64_t* strides;  // outputs, inputs, rows, columns; may be negative; null where packed
+  PlainWeight plain;
+
+  int64_t place(int64_t output, int64_t input, int64_t row, int64_t column) const {
+    const int64_t* const strides = plain.strides;
+    return output * strides[0] + input * strides[1] + row * strides[2] + column * strides[3];
+  }
 };
 
 // Words of a run's steps for every lane of a vector: one float32, or two bfloat16 with the first in the lower
@@ -94,14 +100,50 @@ struct StepWords {
 #endif
 };
 
-// `values` of a run from `first` on, in one vector of a block's lanes.
+// What StepWords<BFloat16> of these values are.
+inline void copy_rounded(const StepWords<float>& from, uint32_t* to, int64_t pitch) {
+  constexpr int kLanes = Vec<float>::kLanes;
+  constexpr int64_t kRun = 64;
+  alignas(64) BFloat16 run[kLanes * kRun];
+  const int64_t lanes = minimum<int64_t>(from.lanes, kLanes);
+  auto copy = [](const float* begin, int64_t count, BFloat16* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(begin + i, AllLanes{}));
+    if (i < count) store(to + i, load(begin + i, FirstLanes{static_cast<int>(count - i)}), AllLanes{});
+  };
+  for (int64_t first = 0; first < from.values; first += kRun, to += kRun / 2 * pitch) {
+    const float* const begin = from.begin + first * from.value;
+    const int64_t values = minimum(kRun, from.values - first);
+    StepWords<BFloat16> words{run, 1, kLanes, from.lanes, values};
+    if (from.value == 1) {
+      for (int64_t i = 0; i < lanes; ++i) copy(begin + i * from.lane, values, run + i * kRun);
+      words.lane = kRun;
+      words.value = 1;
+    } else if (from.lane == 1) {
+      for (int64_t k = 0; k < values; ++k) copy(begin + k * from.value, lanes, run + k * kLanes);
+    } else {
+      for (int64_t k = 0; k < values; ++k)
+        for (int64_t i = 0; i < lanes; ++i)
+          run[k * kLanes + i] = narrow_to_bfloat16(begin[k * from.value + i * from.lane]);
+    }
+    words.copy(to, pitch);
+  }
+}
+
+// `values` of a run from `first` on, in one vector of a block's lanes: StepWords::copy.
 template <class T>
-StepWords<T> words_of(const RawWeights& from, int64_t channel, int64_t row, int64_t column, int64_t first,
-                      int64_t values) {
-  const int64_t* const strides = from.strides;
-  const T* const begin = static_cast<const T*>(from.begin) + channel * strides[0] + first * strides[1] +
-                         row * strides[2] + column * strides[3];
-  return {begin, strides[0], strides[1], from.shape.outputs - channel, values};
+void copy_words(const RawWeights& from, int64_t channel, int64_t row, int64_t column, int64_t first,
+                int64_t values, uint32_t* to, int64_t pitch) {
+  const PlainWeight& plain = from.plain;
+  const int64_t begin = from.place(channel, first, row, column);
+  auto words = [&](auto* data) {
+    return StepWords<std::remove_const_t<std::remove_pointer_t<decltype(data)>>>{
+        data + begin, plain.strides[0], plain.strides[1], from.shape.outputs - channel, values};
+  };
+  if constexpr (sizeof(T) < sizeof(float))
+    if (plain.dtype == DType::kFloat32)
+      return copy_rounded(words(static_cast<const float*>(plain.begin)), to, pitch);
+  words(static_cast<const T*>(plain.begin)).copy(to, pitch);
 }
 
 // Value k of a row of the window.
@@ -109,9 +151,11 @@ template <class T>
 T flat_value(const RawWeights& from, int64_t output, int64_t row, int64_t k) {
   const ConvWeights& shape = from.shape;
   if (output >= shape.outputs || k >= shape.run()) return T{};
-  const int64_t place = output * from.strides[0] + k % shape.inputs * from.strides[1] +
-                        row * from.strides[2] + k / shape.inputs * from.strides[3];
-  return static_cast<const T*>(from.begin)[place];
+  const int64_t place = from.place(output, k % shape.inputs, row, k / shape.inputs);
+  if constexpr (sizeof(T) < sizeof(float))
+    if (from.plain.dtype == DType::kFloat32)
+      return narrow_to_bfloat16(static_cast<const float*>(from.plain.begin)[place]);
+  return static_cast<const T*>(from.plain.begin)[place];
 }
 
 // Of a block's direct form at `to` the steps that `count` inputs are in; all of them where a tap is a row of
@@ -131,8 +175,8 @@ void pack_block(const RawWeights& from, int64_t block, int64_t first, int64_t co
   for (int64_t tap = 0; tap < shape.taps(); ++tap)
     for (int64_t lane = 0; lane < width; lane += kLanes) {
       T* const at = to + (tap * shape.steps() * shape.step() + first) * width + lane * shape.step();
-      words_of<T>(from, channel + lane, tap / shape.columns, tap % shape.columns, first, count)
-          .copy(reinterpret_cast<uint32_t*>(at), width);
+      copy_words<T>(from, channel + lane, tap / shape.columns, tap % shape.columns, first, count,
+                    reinterpret_cast<uint32_t*>(at), width);
     }
 }
 
@@ -163,8 +207,7 @@ class FreshPoints {
     size_ = count * width;
     for (int64_t tap = 0; tap < kTaps * kTaps; ++tap)
       for (int64_t lane = 0; lane < width; lane += kLanes) {
-        words_of<T>(from_, block * kWidth + lane, tap / kTaps, tap % kTaps, first, count)
-            .copy(words_, kLanes);
+        copy_words<T>(from_, block * kWidth + lane, tap / kTaps, tap % kTaps, first, count, words_, kLanes);
         widen_words(values_ + tap * kApart + lane, count, width);
       }
   }

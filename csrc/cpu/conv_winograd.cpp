@@ -68,9 +68,9 @@ class PackedPoints {
  public:
   static constexpr bool kFresh = false;
 
-  PackedPoints(const RawWeights& from, Arena&)
-      : shape_(from.shape),
-        direct_(static_cast<const T*>(from.begin)),
+  PackedPoints(const ConvAct& op, Arena&)
+      : shape_(weights_of(op)),
+        direct_(static_cast<const T*>(op.weights)),
         points_(reinterpret_cast<const float*>(direct_ + shape_.direct(1, 0))) {}
 
   int64_t most_inputs() const { return shape_.inputs; }
@@ -86,6 +86,12 @@ class PackedPoints {
   int64_t block_ = 0;
 };
 
+// The same, made of a weight as it lies.
+template <class T, int kTile>
+struct PlainPoints : FreshPoints<T, kTile> {
+  PlainPoints(const ConvAct& op, Arena& arena) : FreshPoints<T, kTile>({weights_of(op), op.plain}, arena) {}
+};
+
 template <class T, int kTile, class Points>
 class Patch {
   using W = Winograd<kTile>;
@@ -95,7 +101,7 @@ class Patch {
   Patch(const ConvAct& op, int64_t most, Arena& arena)
       : op_(op),
         weights_(weights_of(op)),
-        points_({weights_, op.weights, op.strides}, arena),
+        points_(op, arena),
         tiles_(op),
         inputs_(ceil_div(op.inputs, kLanes) * kLanes),
         point_(most * inputs_ + kGap),
@@ -283,10 +289,10 @@ void winograd(const ConvAct& op) {
 
 template <class T, int kTile>
 void winograd(const ConvAct& op) {
-  if (op.strides)
-    winograd<T, kTile, FreshPoints<T, kTile>>(op);
-  else
+  if (op.weights)
     winograd<T, kTile, PackedPoints<T, kTile>>(op);
+  else
+    winograd<T, kTile, PlainPoints<T, kTile>>(op);
 }
 
 }  // namespace

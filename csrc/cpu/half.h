@@ -26,6 +26,11 @@ FUSEDRES_INLINE float widen(Half value) {
   return bit_cast<float>(sign | bit_cast<uint32_t>(scaled));
 }
 
+FUSEDRES_INLINE BFloat16 narrow_to_bfloat16(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value), upper = bits >> 16;
+  return {static_cast<uint16_t>(value != value ? upper | 0x40 : (bits + 0x7fff + (upper & 1)) >> 16)};
+}
+
 FUSEDRES_INLINE Half narrow_to_half(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000u,
                  magnitude = bits & 0x7fffffffu;

@@ -164,18 +164,20 @@ class TrainingConvolution:
     """How a backend computes conv, the bare convolution of a training step, in two functions.
 
     Args:
-        forward: (x, weight, bias, geometry, *chosen) -> y, all in one dtype.
+        forward: (x, weight, bias, geometry, *chosen) -> y, all in one dtype, but for `rounds`.
         backward: (dy, x, weight, geometry, wanted, residual, in_place, *chosen) -> (dx, dweight, dbias), of which
             `wanted` says which are to be computed. The residual is added to dx; in_place says that its memory may
             become dx's.
         choose: what both functions are told of a request beside that, found once for all of its calls.
         measured: the times that choose how a request is computed, in words; None where there are none.
+        rounds: whether both take float32 weights for an x of fewer bits, and round them as they read them.
     """
 
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
     choose: Callable[[Request], tuple[Any, ...]] = lambda request: ()
     measured: Callable[[Request], str | None] = lambda request: None
+    rounds: bool = False
 
 
 @dataclass(frozen=True, eq=False)

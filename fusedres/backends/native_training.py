@@ -6,7 +6,8 @@
     dweight(dy, x, kernel, ..., tile): the same, and aten's there; written in Python, for torch.compile
 
 channels_last, float32 or bfloat16 with sums in float32, the bias always in float32. A tile of 1 is the direct form, of
-2, 4 or 7 Winograd's (see `native_convolution`). The weight is packed in every call, so that it is never out of date.
+2, 4 or 7 Winograd's (see `native_convolution`). The weight is packed in every call, so that it is never out of date,
+and rounded on the way where it is float32 and x is not.
 
 By the rule, counted work chooses; in float32 it leaves the direct form of y and dx to aten, which comes as close to
 what the machine can do. Times that `fusedres.tune` took choose instead where there are any, for each result by itself.
@@ -231,7 +232,7 @@ def forward(
     if collected is not None and rows:
         _collect("y", x, weight, geometry)
     if not rows or not alone.of_y:
-        return reference.conv_forward(x, weight, bias, geometry)
+        return reference.conv_forward(x, weight.to(x.dtype), bias, geometry)
     bias = None if bias is None else bias.float().contiguous()
     return _conv(x, weight, bias, None, *geometry[:3], alone.of_y, False)
 
@@ -249,7 +250,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     joins = residual is not None
     if not reference.is_rows(dy, x, residual if joins else dy):
-        return reference.conv_backward(dy, x, weight, geometry, wanted, residual, in_place)
+        return reference.conv_backward(dy, x, weight.to(x.dtype), geometry, wanted, residual, in_place)
     if collected is not None:
         _collect("dx+add" if joins else "dx", x, weight, geometry, wanted[0])
         _collect("dweight", x, weight, geometry, wanted[1])
@@ -264,6 +265,7 @@ def backward(
     rest = [asked and found is None for asked, found in zip(wanted, own, strict=True)]
     if not any(rest):
         return own
+    weight = weight.to(x.dtype) if rest[0] else torch.empty_like(weight, dtype=x.dtype)  # of which sizes are read
     others = reference.conv_backward(dy, x, weight, geometry, rest, residual if rest[0] else None, in_place)
     dx, dweight, dbias = (theirs if left else ours for ours, theirs, left in zip(own, others, rest, strict=True))
     return dx, dweight, dbias
@@ -324,7 +326,7 @@ def _words(chosen: str, known: Times) -> str:
     return times.words(chosen, {name: known[name] for name in (chosen, other)})
 
 
-TRAINING_CONVOLUTION = TrainingConvolution(forward, backward, choices_for, measured)
+TRAINING_CONVOLUTION = TrainingConvolution(forward, backward, choices_for, measured, rounds=True)
 
 
 def objection(request: Request) -> str | None:

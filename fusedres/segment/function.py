@@ -28,7 +28,7 @@ class SegmentFunction(torch.autograd.Function):
         kept: list[Tensor | None] = []
         y, mask = cast, kernels.nothing(x)
         for index, (step, operators) in enumerate(zip(plan.chain, plan.operators, strict=True)):
-            entering, weight = y, step.weight.to(plan.dtype)
+            entering, weight = y, step.weight_for(plan.dtype)
             output = step.convolve(entering, weight, step.bias)
             if not plan.joins or index < end:
                 y, stats, *_ = _normalise(operators, step, output, None, None)
@@ -36,7 +36,7 @@ class SegmentFunction(torch.autograd.Function):
                 continue
             projection, residual, weight_r = plan.projection, source, None
             if projection is not None:
-                source, weight_r = source.to(plan.dtype), projection.weight.to(plan.dtype)
+                source, weight_r = source.to(plan.dtype), projection.weight_for(plan.dtype)
                 residual = projection.convolve(source, weight_r, projection.bias)
             y, stats, stats_r, mask = _normalise(operators, step, output, residual, projection)
             kept += _kept(plan, needs, index, step, weight, entering, output, stats)

@@ -31,8 +31,13 @@ class Step(NamedTuple):
         channels, _, *kernel = self.weight.shape
         return sizes[0], channels, *self.geometry.output_size((kernel[0], kernel[1]), *sizes[2:])
 
+    def weight_for(self, dtype: torch.dtype) -> Tensor:
+        """What convolves an x of this dtype."""
+        rounded = self.convolution.rounds and self.weight.dtype is torch.float32
+        return self.weight if rounded else self.weight.to(dtype)
+
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        bias = None if bias is None else bias.to(weight.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
         return self.convolution.forward(x, weight, bias, self.geometry, *self.chosen)
 
 
@@ -78,7 +83,7 @@ class Kept(NamedTuple):
     bias: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
-    cast_weight: Tensor | None  # in the dtype that was computed in, where that is another
+    cast_weight: Tensor | None  # what convolved, where that is another tensor
     entering: Tensor | None  # what was convolved, between two steps
     output: Tensor | None  # what was normalised
     stats: Tensor  # (3, C)

@@ -158,17 +158,17 @@ class Round {
     const int64_t inputs = groups * weights.inputs, outputs = groups * weights.outputs;
     const int64_t filter = weights.inputs * rows.kernel * columns.kernel,
                   bytes = weights.elements() * size_of(dtype_);
-    const int64_t strides[] = {filter, rows.kernel * columns.kernel, columns.kernel, 1};
-    const void* const weight = arrays_.filled(outputs * filter, dtype_);
+    const PlainWeight weight{arrays_.filled(outputs * filter, dtype_),
+                             dtype_,
+                             {filter, rows.kernel * columns.kernel, columns.kernel, 1}};
     void* const packed = arrays_.aligned(bytes);
-    conv_pack(weights, weight, strides, packed, bytes);
+    conv_pack(weights, weight.begin, weight.strides, packed, bytes);
     const bool fresh = tile > 1 && draw(2);
     void* const y = arrays_.filled(images * rows.outputs * columns.outputs * outputs, dtype_);
     const void* const x = arrays_.filled(images * rows.size * columns.size * inputs, dtype_);
     const auto* const bias = static_cast<const float*>(arrays_.maybe(outputs, DType::kFloat32));
     variant_.conv_act({images, inputs, outputs, groups, tile, rows, columns, dtype_, act_, x,
-                       fresh ? weight : packed, bias, draw(2) ? y : nullptr, y, nullptr,
-                       fresh ? strides : nullptr});
+                       fresh ? nullptr : packed, bias, draw(2) ? y : nullptr, y, nullptr, weight});
   }
 
   void conv_repack() {
@@ -178,14 +178,16 @@ class Round {
     // As the weight lies, turned round, and with its channels exchanged.
     const int64_t sign = draw(2) ? 1 : -1, window = rows * columns;
     const bool exchanged = draw(2);
-    const int64_t strides[] = {exchanged ? 1 : window * inputs, exchanged ? window * outputs : 1,
-                               sign * columns * (exchanged ? outputs : inputs),
-                               sign * (exchanged ? outputs : inputs)};
-    const int64_t last = (rows - 1) * columns + columns - 1, turned = sign > 0 ? 0 : last * -strides[3];
-    const char* const weight = static_cast<const char*>(arrays_.filled(outputs * window * inputs, dtype_));
+    const DType from = draw(2) ? dtype_ : DType::kFloat32;
+    const char* const begin = static_cast<const char*>(arrays_.filled(outputs * window * inputs, from));
+    const int64_t channels = exchanged ? outputs : inputs, last = sign > 0 ? 0 : (window - 1) * channels;
+    const PlainWeight weight{begin + last * size_of(from),
+                             from,
+                             {exchanged ? 1 : window * inputs, exchanged ? window * outputs : 1,
+                              sign * columns * channels, sign * channels}};
     const ConvWeights shape{dtype_, 1, inputs, outputs, rows, columns, tile};
-    variant_.conv_repack({inputs, outputs, rows, columns, tile, dtype_, weight + turned * size_of(dtype_),
-                          strides, arrays_.empty(shape.elements(), dtype_)});
+    variant_.conv_repack(
+        {inputs, outputs, rows, columns, tile, dtype_, weight, arrays_.empty(shape.elements(), dtype_)});
   }
 
   void conv_dweight() {
