@@ -35,6 +35,7 @@ PEERS = (
     "torch.compile, budget 0.5",
     "torch.compile, freezing",
     "checkpoint per block",
+    "oneDNN post-ops",
     "onnxruntime",
     "openvino",
     "loop, same bytes",

@@ -18,7 +18,7 @@ from torch import nn
 import fusedres
 from fusedres import cli, commands, machine
 from fusedres.bench import comparison, networks
-from fusedres.bench.contestants import BASELINE, ENTRIES, FROZEN, FUSED, OPTIMIZED, PEERS, Absent
+from fusedres.bench.contestants import BASELINE, ENTRIES, FROZEN, FUSED, OPTIMIZED, PEERS, POST_OPS, Absent
 from fusedres.bench.timing import interleave, speedup
 from fusedres.bench.work import Inference, Training, Work, peak_bytes, settle
 from fusedres.swap import Fused
@@ -167,11 +167,24 @@ def test_a_compiled_model_that_is_not_frozen_is_no_contestant(monkeypatch):
 
 @pytest.mark.parametrize("name", list(PEERS))
 def test_a_peer_agrees_where_it_is_installed_or_says_why_not(name):
-    pytest.importorskip(name, reason=f"needs {name}, of the extra peers")
+    if name != POST_OPS:
+        pytest.importorskip(name, reason=f"needs {name}, of the extra peers")
     found = compared(work(training=False), {BASELINE: ENTRIES[BASELINE], name: PEERS[name]})
     assert found.results[1].absent is None and found.results[1].samples_ms
     with pytest.raises(Absent, match="inference only"):
         PEERS[name](small_models.tiny(), work(training=True))
+
+
+def test_the_hand_wired_peer_runs_nothing_but_onednns_convolutions():
+    step = PEERS[POST_OPS](small_models.tiny(), work(training=False))
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    names = {event.key for event in profiler.key_averages()}
+    assert any("mkldnn" in name and "pointwise" in name for name in names)
+    assert not any("fusedres_native" in name or name == "aten::batch_norm" for name in names)
+    with pytest.raises(Absent, match=r"it has no convolution in torch\.float64"):
+        PEERS[POST_OPS](small_models.tiny().double(), work(training=False, dtype=torch.float64))
 
 
 def test_a_peer_that_is_missing_says_how_to_have_it(monkeypatch):

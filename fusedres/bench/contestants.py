@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedres import fusion, optimization
+from fusedres import dispatch, fusion, optimization
 from fusedres.bench.work import Inference, Step, Training, Work
 
 BASELINE = "eager"
@@ -24,6 +24,7 @@ FUSED_COMPILED = "fusedres, torch.compile"
 REMEDY = "pip install 'fusedres[peers]'"
 OPTIMIZED = "fusedres.optimize"
 FROZEN = "torch.compile, freezing"
+POST_OPS = "oneDNN post-ops"
 
 
 class Absent(Exception):  # noqa: N818  it is an answer
@@ -72,6 +73,23 @@ def _optimized(model: nn.Module, work: Work) -> Step:
     return step_of(twin, images, work)
 
 
+def _post_ops(model: nn.Module, work: Work) -> Step:
+    """oneDNN's convolutions as torch has them, wired by hand: packed weights, and everything else in their epilogue."""
+    _need_inference_on_cpu(work)
+    twin, images = in_channels_last(model, work)
+    try:
+        with dispatch.use_backend("onednn"):
+            optimization.optimize(twin.eval())
+    except dispatch.Unserved as reason:
+        raise Absent(str(reason)) from reason
+
+    def forward(x: Tensor) -> Tensor:
+        with dispatch.use_backend("onednn"):
+            return twin(x)
+
+    return Inference(forward, images, work)
+
+
 def _frozen(model: nn.Module, work: Work) -> Step:
     _need_inference(work)
     twin, images = in_channels_last(model, work)
@@ -116,12 +134,16 @@ def _need_inference(work: Work) -> None:
         raise Absent("inference only")
 
 
-def _require(package: str, work: Work, *dtypes: torch.dtype) -> Any:
-    if find_spec(package) is None:
-        raise Absent(f"{package} is not installed; {REMEDY}")
+def _need_inference_on_cpu(work: Work) -> None:
     _need_inference(work)
     if work.device.type != "cpu":
         raise Absent("compared on CPUs only")
+
+
+def _require(package: str, work: Work, *dtypes: torch.dtype) -> Any:
+    if find_spec(package) is None:
+        raise Absent(f"{package} is not installed; {REMEDY}")
+    _need_inference_on_cpu(work)
     if work.dtype not in dtypes:
         raise Absent(f"its CPU kernels are compared in {', '.join(str(dtype)[6:] for dtype in dtypes)} only")
     return importlib.import_module(package)
@@ -170,4 +192,4 @@ ENTRIES: dict[str, Entry] = {
     "torch.compile": _compiled,
     FROZEN: _frozen,
 }
-PEERS: dict[str, Entry] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+PEERS: dict[str, Entry] = {POST_OPS: _post_ops, "onnxruntime": _onnxruntime, "openvino": _openvino}
