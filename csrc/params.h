@@ -208,6 +208,15 @@ struct PlainWeight {
   int64_t strides[4] = {};  // outputs, inputs, rows, columns; may be negative
 };
 
+// y = maxpool(x), in channels_last
+struct MaxPool {
+  Shape shape;  // of x
+  DType dtype;
+  const void* x;  // (N, S, C) T
+  Pool pool;
+  void* y;  // (N, S', C) T
+};
+
 // y = act(conv(x, weight) * scale + bias + residual), all in channels_last
 struct ConvAct {
   int64_t images;

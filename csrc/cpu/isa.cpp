@@ -41,6 +41,7 @@ bool has_tiles() {
    isa::bn_act_backward,                                                   \
    isa::bn_act_pool_forward,                                               \
    isa::bn_act_pool_backward,                                              \
+   isa::max_pool,                                                          \
    conv_act,                                                               \
    training(isa)}
 

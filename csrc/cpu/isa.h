@@ -12,6 +12,7 @@
   void bn_act_backward(const BnActBackward& op);          \
   void bn_act_pool_forward(const BnActPoolForward& op);   \
   void bn_act_pool_backward(const BnActPoolBackward& op); \
+  void max_pool(const MaxPool& op);                       \
   void conv_act(const ConvAct& op);                       \
   void conv_repack(const ConvRepack& op);                 \
   bool conv_dweight(const ConvDweight& op);               \
@@ -43,6 +44,7 @@ struct Variant {
   void (*bn_act_backward)(const BnActBackward& op);
   void (*bn_act_pool_forward)(const BnActPoolForward& op);
   void (*bn_act_pool_backward)(const BnActPoolBackward& op);
+  void (*max_pool)(const MaxPool& op);
   void (*conv_act)(const ConvAct& op);
   void (*conv_repack)(const ConvRepack& op);    // null where the variant has no float32
   bool (*conv_dweight)(const ConvDweight& op);  // false: a sum is not finite, and dweight is not to be used

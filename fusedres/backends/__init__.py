@@ -150,6 +150,8 @@ class Convolution:
             the residual, which may be y.
         scales: whether it multiplies by the filter's scale. Another is given the weight alone where there is one, and
             scale, bias, residual and activation follow in a pass of their own.
+        max_pool: (x, kernel, stride, padding, y) -> a call that computes the max-pool y of what then lies in x, both in
+            channels_last; None where torch's is as good.
     """
 
     pack: Pack
@@ -157,6 +159,7 @@ class Convolution:
     forms: Callable[[Sequence[int], Geometry, Sequence[int], torch.dtype], Mapping[str, Pack]] | None = None
     prepare: Callable[[Tensor, Filter, Tensor | None, Geometry, Activation, Tensor], Callable[[], object]] | None = None
     scales: bool = False
+    max_pool: Callable[..., Callable[[], object]] | None = None
 
 
 @dataclass(frozen=True)

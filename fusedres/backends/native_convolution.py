@@ -43,6 +43,7 @@ SCHEMAS = (
     f"conv_act({_FILTERED}, Tensor? residual, {_WINDOWS}) -> Tensor",
     f"conv_act_({_FILTERED}, Tensor(a!) residual, {_WINDOWS}) -> ()",
     f"conv_act_out({_FILTERED}, Tensor? residual, {_WINDOWS}, Tensor(a!) y) -> ()",
+    "max_pool_out(Tensor x, int[2] kernel, int[2] stride, int[2] padding, Tensor(a!) y) -> ()",
 )
 _LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
 for _schema in SCHEMAS:
@@ -79,15 +80,16 @@ def _fake_conv_act(
     return y.permute(0, 3, 1, 2)
 
 
-def _fake_conv_act_in_place(*arguments: object) -> None:
+def _fake_in_place(*arguments: object) -> None:
     pass
 
 
 for _name, _fake in (
     ("conv_act_pack", _fake_pack),
     ("conv_act", _fake_conv_act),
-    ("conv_act_", _fake_conv_act_in_place),
-    ("conv_act_out", _fake_conv_act_in_place),
+    ("conv_act_", _fake_in_place),
+    ("conv_act_out", _fake_in_place),
+    ("max_pool_out", _fake_in_place),
 ):
     torch.library.register_fake(f"fusedres_native::{_name}", _fake, lib=_LIBRARY)
 
@@ -203,7 +205,14 @@ def prepare(
     return partial(operators.conv_act_out.default, *arguments, y)
 
 
-CONVOLUTION = Convolution(pack, run, forms, prepare, scales=True)
+def prepare_max_pool(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], y: Tensor
+) -> Callable[[], object]:
+    """Without the positions that torch's finds as well."""
+    return partial(torch.ops.fusedres_native.max_pool_out.default, x, kernel, stride, padding, y)
+
+
+CONVOLUTION = Convolution(pack, run, forms, prepare, scales=True, max_pool=prepare_max_pool)
 
 
 def objection(request: Request) -> str | None:

@@ -63,8 +63,8 @@ def of_convolution(
     return Calls(run, prepare, dtype)
 
 
-def of_other(operation: Operation, x: Tensor) -> Calls:
-    """Of what is no convolution."""
+def of_other(operation: Operation, x: Tensor, convolution: Convolution | None) -> Calls:
+    """Of what is no convolution, where convolutions are computed so."""
     if isinstance(operation, Normalise):
         return Calls(partial(_normalise, operation))
     if isinstance(operation, Join):
@@ -74,6 +74,8 @@ def of_other(operation: Operation, x: Tensor) -> Calls:
     if not is_fresh(operation) or x.dim() != 4 or x.device.type != "cpu":
         return Calls(target)
     if isinstance(target, nn.MaxPool2d):
+        if convolution is not None and convolution.max_pool is not None and _has_kernel(target, x):
+            return Calls(target, partial(_pool_alone, convolution.max_pool, target))
         positions = Likeness(target(x.to("meta")).shape, torch.int64)
         return Calls(target, partial(_pool, target), scratch=positions)
     is_mean = isinstance(target, nn.AdaptiveAvgPool2d) and target.output_size in (1, (1, 1)) and x.numel()
@@ -145,10 +147,29 @@ def _pool(
 ) -> Callable[[], object]:
     """The same operator that the module calls, which finds positions as well."""
     assert scratch is not None  # Calls.scratch
-    stride = pool.kernel_size if pool.stride is None else pool.stride
     operator = torch.ops.aten.max_pool2d_with_indices.out
-    settings = (_pair(pool.kernel_size), _pair(stride), _pair(pool.padding), _pair(pool.dilation), pool.ceil_mode)
-    return partial(operator, x, *settings, out=y, indices=scratch)
+    return partial(operator, x, *_windows(pool), _pair(pool.dilation), pool.ceil_mode, out=y, indices=scratch)
+
+
+def _pool_alone(
+    prepare: Callable[..., Callable[[], object]],
+    pool: nn.MaxPool2d,
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    scratch: Tensor | None,
+) -> Callable[[], object]:
+    return prepare(x, *_windows(pool), y)
+
+
+def _has_kernel(pool: nn.MaxPool2d, x: Tensor) -> bool:
+    return _pair(pool.dilation) == [1, 1] and x.is_floating_point() and x.is_contiguous(memory_format=NHWC)
+
+
+def _windows(pool: nn.MaxPool2d) -> tuple[list[int], list[int], list[int]]:
+    """Their sizes, strides and padding."""
+    stride = pool.kernel_size if pool.stride is None else pool.stride
+    return _pair(pool.kernel_size), _pair(stride), _pair(pool.padding)
 
 
 def _average(x: Tensor) -> Tensor:
@@ -173,7 +194,7 @@ def _connect(convolution: Convolution, taps: Filter, linear: nn.Linear, dtype: t
 
 
 def _pair(value: int | tuple[int, ...]) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)
+    return [value, value] if isinstance(value, int) else list(value)
 
 
 def in_channels_last(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -96,7 +96,7 @@ class Program:
         if isinstance(operation, Plain) and folding.is_connecting(operation.target, self.mode):
             return self._connect(step, operation.target), None
         if not isinstance(operation, Convolve):
-            return calls.of_other(operation, x), None
+            return calls.of_other(operation, x, self._serving.convolution), None
 
         def ready(candidate: Candidate, taps: Filter, in_place: bool) -> Calls:
             return calls.of_convolution(candidate.convolution, taps, operation, self._cast, in_place, x, residual)
@@ -123,8 +123,13 @@ class Program:
         """What operands are cast to."""
         return self.mode.dtype if self.mode.autocast else None
 
+    @property
+    def _serving(self) -> Backend:
+        """Whom the dispatcher names for a bare convolution."""
+        return dispatch.serving(_request_for(self.mode))
+
     def _connect(self, step: Step, linear: nn.Linear) -> Calls:
-        backend = dispatch.serving(_request_for(self.mode))
+        backend = self._serving
         convolution = backend.convolution
         if convolution is None or backend.plain:
             return Calls(linear)

@@ -144,6 +144,14 @@ class Round {
     variant_.bn_act_pool_backward({shape_, dtype_, arrays_.filled(windows, dtype_), choice, x, pool_, to});
   }
 
+  void max_pool() {
+    Shape shape = shape_;
+    shape.order = Order::kPixels;
+    const int64_t windows = shape.images * shape.channels * pool_.rows.outputs * pool_.columns.outputs;
+    variant_.max_pool(
+        {shape, dtype_, arrays_.filled(shape.elements(), dtype_), pool_, arrays_.empty(windows, dtype_)});
+  }
+
   void conv_act() {
     const int64_t tile = pick<int64_t>({1, 1, 2, 4, 7}), images = 1 + draw(3);
     const ConvAxis rows = window(tile), columns = window(tile);
@@ -304,6 +312,7 @@ int main(int, char** arguments) {
         calls.affine_act();
         calls.bn_act();
         calls.bn_act_pool();
+        calls.max_pool();
         if (dtype == DType::kFloat64 || dtype == DType::kFloat16) continue;
         calls.conv_act();
         calls.conv_dweight();
