@@ -170,7 +170,8 @@ class _Walk:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._names = {module: name for name, module in model.named_modules()}
+        # What is left of a module that holds others (`apart`) has its attributes, and hence its name.
+        self._names = {id(vars(module)): name for name, module in model.named_modules()}
         self.found: list[nn.Module] = []
         self.origins: dict[int, tuple[nn.Module, int]] = {}  # by line, the module and the number of its step
 
@@ -193,7 +194,7 @@ class _Walk:
             if flat is not None and isinstance(flat.steps[0].operation, Plain):
                 reason = flat.steps[0].operation.reason
             if not told:
-                yield Line(self._names[module], "as it is", "plain", reason=reason), None
+                yield Line(self._name(module), "as it is", "plain", reason=reason), None
             if eligibility.barrier(module) is None:
                 for child in module.children():
                     yield from self._visit(child)
@@ -205,7 +206,7 @@ class _Walk:
             backend = backend_of(operation, mode)
             reason = operation.reason if isinstance(operation, Plain) else None
             name = "plain" if backend is None else backend.name
-            yield Line(self._names[module], self._step(operation), name, step.in_place, reason), (module, number)
+            yield Line(self._name(module), self._step(operation), name, step.in_place, reason), (module, number)
             if isinstance(operation, Plain) and isinstance(operation.target, nn.Module):
                 yield from self._visit(operation.target, told=True)
 
@@ -214,16 +215,16 @@ class _Walk:
         if isinstance(operation, Plain):
             target = operation.target
             if isinstance(target, nn.Module):
-                return self._names[target]
+                return self._name(target)
             called = getattr(target, "target", target)
             return str(getattr(called, "__name__", called))
         if isinstance(operation, Convolve):
-            terms = [self._names[operation.conv], *self._last_names(operation.norm)]
+            terms = [self._name(operation.conv), *self._last_names(operation.norm)]
             terms += [] if operation.gate is None else ["gate"]
             terms += [] if operation.parts is None else ["add"]
             terms += [] if operation.act is IDENTITY else [operation.act.name]
         elif isinstance(operation, Normalise):
-            terms = [self._names[operation.norm], *self._act(operation.act)]
+            terms = [self._name(operation.norm), *self._act(operation.act)]
         else:
             terms = [*self._join(operation), "add", *self._act(operation.parts.act)]
         return "+".join(terms)
@@ -231,10 +232,13 @@ class _Walk:
     def _join(self, operation: Join) -> list[str]:
         modules = [*([] if operation.norm is None else [operation.norm]), *operation.parts.between]
         gate = [] if operation.parts.gate is None else ["gate"]
-        return [*(self._names[module] for module in modules), *gate]
+        return [*map(self._name, modules), *gate]
 
     def _last_names(self, module: nn.Module | None) -> list[str]:
-        return [] if module is None else [self._names[module].rpartition(".")[2]]
+        return [] if module is None else [self._name(module).rpartition(".")[2]]
+
+    def _name(self, module: nn.Module) -> str:
+        return self._names[id(vars(module))]
 
     def _act(self, act: object) -> list[str]:
         if isinstance(act, nn.Module):

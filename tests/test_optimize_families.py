@@ -13,7 +13,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import user_blocks
-from optimized import FP32_SLACK, assert_as_accurate, batch, error, errors, make, optimized, outputs
+from optimized import (
+    FP32_SLACK,
+    assert_as_accurate,
+    assert_close,
+    batch,
+    error,
+    errors,
+    hold,
+    make,
+    optimized,
+    outputs,
+)
+from test_families import BLOCKS
 from torch import Tensor, nn
 from torchvision_models import resnet, torchvision
 
@@ -66,6 +78,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "timm se": of_timm("seresnet18", drop_path_rate=0.1),
     "timm eca": of_timm("ecaresnet26t"),
     "timm blur": of_timm("resnetblur18"),
+    "timm regnet": of_timm("regnety_002"),
+    "timm byobnet": of_timm("gernet_s"),
     "functional": Functional,
     "mobilenet": lambda: torchvision.models.mobilenet_v2(num_classes=7),
 }
@@ -200,19 +214,50 @@ def test_hand_written_blocks_in_a_chain(block: Callable[[], nn.Module]) -> None:
     assert proven == (not any(line.step == "3" for line in report.plain))
 
 
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("build", BLOCKS)
+def test_every_block_that_fuse_knows(build: Callable[[], nn.Module], fused: bool) -> None:
+    eager = make(build)
+    x = batch(6, 8)
+    exact = outputs(copy.deepcopy(eager).double(), x.double())
+    model = copy.deepcopy(eager)
+    if fused:
+        fusedres.fuse(model, strict=True)
+    assert fusedres.optimize(model).convolutions
+    hold(outputs(model, x), outputs(eager, x), exact)
+    bar = FP64_BAR * exact.abs().max().item()
+    torch.testing.assert_close(outputs(model.double(), x.double()), exact, rtol=0, atol=bar)
+
+
 @pytest.mark.parametrize(
-    "layer",
-    [
-        lambda stride: hugging_face.modeling().ResNetBasicLayer(4, 6, stride),
-        lambda stride: hugging_face.modeling().ResNetBottleNeckLayer(4, 8, stride),
-        lambda stride: hugging_face.modeling().ResNetConvLayer(4, 6, 3, stride),
-    ],
-    ids=["basic", "bottleneck", "layer"],
+    "change", [lambda norm: setattr(norm, "eps", 0.5), lambda norm: setattr(norm, "act", nn.SiLU())], ids=["eps", "act"]
 )
-def test_layers_of_transformers(layer: Callable[[int], nn.Module], stride: int) -> None:
-    model = make(lambda: layer(stride)).double()
+def test_a_norm_with_an_activation_is_folded_and_watched(change: Callable[[nn.Module], None]) -> None:
+    model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), timm.layers.BatchNormAct2d(4), nn.Conv2d(4, 4, 1)))
     ours, report = optimized(model)
-    x = batch(8, 4, torch.float64)
-    torch.testing.assert_close(outputs(ours, x), outputs(model, x), rtol=1e-12, atol=1e-12)
-    assert not report.plain
+    assert [line.step for line in report.lines] == ["0+1+relu", "2"]
+    x = batch(8)
+    before = outputs(ours, x)
+    for network in (model, ours):
+        change(network[1])
+    assert_close(outputs(ours, x), model, x)
+    assert not torch.allclose(outputs(ours, x), before)
+
+
+def test_what_a_hooked_norm_with_an_activation_gives_is_seen() -> None:
+    model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), timm.layers.BatchNormAct2d(4)))
+    ours, _ = optimized(model)
+    x = batch(8)
+    outputs(ours, x)
+    for network in (model, ours):
+        network[1].register_forward_hook(lambda norm, given, y: 2 * y)
+    assert_close(outputs(ours, x), model, x)
+
+
+def test_a_network_of_transformers() -> None:
+    eager = make(hugging_face.classifier)
+    model, report = optimized(eager)
+    assert not [line for line in report.plain if line.reason and "layer" in line.step]
+    x = batch()
+    with torch.no_grad():
+        hold(model(x).logits, eager(x).logits, copy.deepcopy(eager).double()(x.double()).logits)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fusedres import chains, eligibility, families, gates
+from fusedres.apart import alone, is_norm, is_norm_act
 from fusedres.blocks.block import Block
 from fusedres.epilogue import IDENTITY, Activation, of_module
 from fusedres.executor import Parts, Span
@@ -63,11 +64,17 @@ class _Flattening:
             yield Plain(module, "it has hooks or a patched forward")
             return
         cls = class_of(module)
-        if not any(type(child) is nn.Conv2d or is_batch_norm(child) for child in module.modules()):
-            yield module
+        if not any(type(child) is nn.Conv2d or is_norm(child) for child in module.modules()):
+            if type(module) is not nn.Identity:
+                yield module
             return
         if type(module) is nn.Conv2d or is_batch_norm(module):
             yield module
+            return
+        if is_norm_act(module) and tuple(module._modules) == ("drop", "act"):
+            yield alone(module)
+            for child in module.children():
+                yield from self._parts(child)
             return
         barrier = eligibility.barrier(module)
         if barrier is not None:
@@ -126,7 +133,7 @@ class _Flattening:
                 slot = self._add(part, slot)
             elif isinstance(part, Activation):
                 slot = slot if part is IDENTITY else self._add(Plain(part.formula), slot)
-            elif type(part) is not nn.Identity or is_hooked(part):
+            else:
                 slot = self._add(Plain(part, _reason(part)), slot)
         return slot
 

@@ -8,8 +8,8 @@ from operator import attrgetter, itemgetter
 
 from torch import Tensor, nn
 
+from fusedres.apart import is_norm
 from fusedres.epilogue import of_module
-from fusedres.modules import is_batch_norm
 from fusedres.residual import Host, hosts_objection
 
 Hosts = Sequence[tuple[nn.Module | None, tuple[Host, ...]]]
@@ -34,7 +34,7 @@ class Watch:
         self._vars = [vars(module) for module in below]
         self._hooks = [hooks for module in below for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._convs = [vars(module) for module in below if isinstance(module, nn.Conv2d)]
-        self._norms = [vars(module) for module in below if is_batch_norm(module)]
+        self._norms = [vars(module) for module in below if is_norm(module)]
         self._acts = [module for module in below if isinstance(module, nn.LeakyReLU | nn.GELU)]
         self._hosts, self._gates = hosts, gates
         self._tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
