@@ -41,6 +41,11 @@ def execute(parts: Parts, x: Tensor) -> Tensor:
         shortcut = _convolve(child, shortcut)
     if parts.shortcut_norm is not None:
         shortcut = _normalise(parts.shortcut_norm, shortcut)
+    return join(parts, z, shortcut)
+
+
+def join(parts: Parts, z: Tensor, shortcut: Tensor) -> Tensor:
+    """The addition at a block's end and what follows it; `z` is nobody else's."""
     if parts.adds_in_place:
         z += shortcut
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from torchvision_models import FrozenBatchNorm2d, resnet
 
 import fusedres
-from fusedres import dispatch
+from fusedres import dispatch, families
 from fusedres.backends import Geometry
 from fusedres.inference.flatten import flatten
 from fusedres.inference.steps import Convolve, Mode, Plain, Step, arrange
+from fusedres.residual import Residual, Stage
 from fusedres.swap import Optimized
 
 
@@ -284,6 +286,48 @@ def test_a_forced_backend_computes_every_convolution_or_raises() -> None:
         assert torch.equal(outputs(ours, x), outputs(model, x))
     with fusedres.use_backend("triton"), pytest.raises(dispatch.Unserved, match="it has no conv_act"):
         outputs(ours, x)
+
+
+class Scaled(nn.Module):
+    """Its branch is multiplied by one factor for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.scale = nn.Parameter(torch.linspace(-1, 1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) * self.scale.view(1, -1, 1, 1) + x
+
+
+BESIDE_CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
+    "attention": lambda: pytest.importorskip("timm.models.resnet").BasicBlock(4, 4, attn_layer="se"),
+    "gate of channels": Scaled,
+    "gate of one value": user_blocks.ReZero,
+    "gate of four dimensions": user_blocks.Gated,
+    "norm": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.Sigmoid()),
+    "broadcast": Broadcasts,
+    "norm of the batch": lambda: resnet.BasicBlock(4, 4, norm_layer=partial(nn.BatchNorm2d, track_running_stats=False)),
+    "promotion": lambda: nn.Sequential(nn.BatchNorm2d(4), resnet.BasicBlock(4, 4)),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("name", BESIDE_CONVOLUTIONS)
+def test_a_backend_of_convolutions_alone_leaves_the_rest_to_eagers_operators(
+    name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    residual = Residual((Stage("conv", "norm"),), shortcut="", gate="scale", adds_in_place=False)
+    fusedres.register_family(Scaled, "scaled")(lambda block: residual)
+    model = make(lambda: nn.Sequential(BESIDE_CONVOLUTIONS[name](), nn.Conv2d(4, 4, 1)))
+    ours, _ = optimized(model)
+    x = batch(8, 4)
+    half = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with fusedres.use_backend("onednn"), half, dispatch.recording(ours) as choices:
+        found, eagers = errors(ours, model, x)
+    assert {(choice.op, choice.backend) for choice in choices} == {("conv_act", "onednn")}
+    assert found <= 2 * eagers + 4 * torch.finfo(torch.float32).eps
 
 
 def test_bad_arguments() -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusedres import executor, ops
+from fusedres import composed, executor, ops
 from fusedres.backends import Affine, Convolution, Filter, Geometry
 from fusedres.epilogue import IDENTITY, Activation
+from fusedres.executor import Parts
 from fusedres.inference.arena import Likeness
 from fusedres.inference.steps import Convolve, Join, Normalise, Operation, is_fresh
 
@@ -44,15 +45,21 @@ def of_convolution(
     operation: Convolve,
     dtype: torch.dtype | None,
     in_place: bool,
+    has_ops: bool,
     x: Tensor,
     residual: Tensor | None,
 ) -> Calls:
-    """For operands like these; others that eager accepts are served too, though not prepared."""
+    """For operands like these; others that eager accepts are served too, though not prepared.
+
+    Args:
+        has_ops: whether `fusedres.ops` can serve; not where a backend was asked for that has convolutions alone.
+    """
     geometry, act = operation.geometry, operation.act
     if operation.parts is None:
         run = partial(_alone, convolution, taps, operation, dtype)
     else:
-        run = partial(_joined, convolution, taps, operation, dtype, in_place)
+        join = _end if has_ops else composed.join
+        run = partial(_joined, convolution, taps, operation, dtype, in_place, join)
     make = convolution.prepare
     if make is None or (residual is not None and not _is_residual(operation, in_channels_last(x, dtype), residual)):
         return Calls(run)
@@ -63,12 +70,12 @@ def of_convolution(
     return Calls(run, prepare, dtype)
 
 
-def of_other(operation: Operation, x: Tensor, convolution: Convolution | None) -> Calls:
-    """Of what is no convolution, where convolutions are computed so."""
+def of_other(operation: Operation, x: Tensor, has_ops: bool, convolution: Convolution | None) -> Calls:
+    """Of what is no convolution; `has_ops` as above, and convolutions are computed so."""
     if isinstance(operation, Normalise):
-        return Calls(partial(_normalise, operation))
+        return Calls(partial(_normalise if has_ops else _normalise_as_eager, operation))
     if isinstance(operation, Join):
-        return Calls(partial(_join, operation))
+        return Calls(partial(_join if has_ops else _join_as_eager, operation))
     assert not isinstance(operation, Convolve)  # `of_convolution`
     target = operation.target
     if not is_fresh(operation) or x.dim() != 4 or x.device.type != "cpu":
@@ -99,6 +106,7 @@ def _joined(
     operation: Convolve,
     dtype: torch.dtype | None,
     in_place: bool,
+    join: Callable[[Parts, Tensor, Tensor], Tensor],
     x: Tensor,
     residual: Tensor,
 ) -> Tensor:
@@ -107,7 +115,11 @@ def _joined(
         return _convolve(convolution, x, taps, in_channels_last(residual), geometry, operation.act, in_place)
     z = _convolve(convolution, x, taps, None, geometry, IDENTITY, False)
     assert operation.parts is not None
-    return executor.join(operation.parts, z, None, None, residual, None)
+    return join(operation.parts, z, residual)
+
+
+def _end(parts: Parts, z: Tensor, residual: Tensor) -> Tensor:
+    return executor.join(parts, z, None, None, residual, None)
 
 
 def _convolve(
@@ -140,6 +152,21 @@ def _normalise(operation: Normalise, x: Tensor) -> Tensor:
 def _join(operation: Join, z: Tensor, residual: Tensor) -> Tensor:
     z, norm, gate = executor.run_between(operation.parts, z, operation.norm)
     return executor.join(operation.parts, z, norm, gate, residual, None)
+
+
+def _normalise_as_eager(operation: Normalise, x: Tensor) -> Tensor:
+    z, act = operation.norm(x), operation.act
+    return act.formula(z) if isinstance(act, Activation) else act(z)
+
+
+def _join_as_eager(operation: Join, z: Tensor, residual: Tensor) -> Tensor:
+    parts = operation.parts
+    for child in (*([] if operation.norm is None else [operation.norm]), *parts.between):
+        z = child(z)
+    gate = parts.gate
+    if gate is not None:
+        z = z * (gate.view(1, -1, 1, 1) if isinstance(gate, Tensor) and gate.dim() == 1 else gate)
+    return composed.join(parts, z, residual)
 
 
 def _pool(

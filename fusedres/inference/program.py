@@ -96,10 +96,11 @@ class Program:
         if isinstance(operation, Plain) and folding.is_connecting(operation.target, self.mode):
             return self._connect(step, operation.target), None
         if not isinstance(operation, Convolve):
-            return calls.of_other(operation, x, self._serving.convolution), None
+            return calls.of_other(operation, x, self._has_ops, self._serving.convolution), None
 
         def ready(candidate: Candidate, taps: Filter, in_place: bool) -> Calls:
-            return calls.of_convolution(candidate.convolution, taps, operation, self._cast, in_place, x, residual)
+            given = operation, self._cast, in_place, self._has_ops, x, residual
+            return calls.of_convolution(candidate.convolution, taps, *given)
 
         def timed(candidate: Candidate) -> Any:
             made = ready(candidate, self._pack(step, candidate, x), False)
@@ -117,6 +118,11 @@ class Program:
             refuse_capture()
             self._packed[key] = self._pack(step, chosen.candidate, x)
         return ready(chosen.candidate, self._packed[key], step.in_place), chosen
+
+    @property
+    def _has_ops(self) -> bool:
+        """Whether a backend that was asked for has more than convolutions."""
+        return self.mode.forced is None or dispatch.backend(self.mode.forced).computes("affine_act")
 
     @property
     def _cast(self) -> torch.dtype | None:
