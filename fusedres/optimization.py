@@ -115,20 +115,22 @@ def optimize(model: nn.Module, example: Tensor | None = None, *, cuda_graph: boo
     lines = list(walk.lines())
     if cuda_graph:
         _check_graph(model, example, walk.found, lines)
-    before = [module for module in walk.found if not isinstance(module, swap.Optimized)]
-    for module in walk.found:
-        inference.forget(module)
-        swap.optimize(module, inference.serve)
-    if cuda_graph and example is not None:
-        inference.graph(model, example.shape[0])
-    if example is not None:
-        try:
+    before = {module: (isinstance(module, swap.Optimized), inference.held(module)) for module in walk.found}
+    try:
+        for module in walk.found:
+            inference.forget(module)
+            swap.optimize(module, inference.serve)
+        if example is not None:
+            if cuda_graph:
+                inference.graph(model, example.shape[0])
             with torch.no_grad(), times.measuring():
                 model(example)
-        except BaseException:  # Ctrl-C too leaves the model as it was; nothing is swallowed
-            for module in before:
-                _restore(module)
-            raise
+    except BaseException:  # Ctrl-C too leaves the model as it was; nothing is swallowed
+        for module, (was_optimized, held) in before.items():
+            if not was_optimized:
+                swap.unoptimize(module)
+            inference.hold(module, held)
+        raise
     plans = {module: plan for module in walk.found if (plan := inference.latest(module)) is not None}
     for index, (module, step) in walk.origins.items():
         choice = plans[module].choices[step] if module in plans else None
@@ -157,12 +159,8 @@ def unoptimize(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unoptimize takes an nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        _restore(module)
-
-
-def _restore(module: nn.Module) -> None:
-    inference.forget(module)
-    swap.unoptimize(module)
+        inference.forget(module)
+        swap.unoptimize(module)
 
 
 class _Walk:

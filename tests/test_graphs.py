@@ -158,6 +158,17 @@ def test_a_change_makes_new_graphs_and_unoptimize_none(pretended: list[tuple[int
     assert len(pretended) == 2
 
 
+def test_an_error_leaves_a_model_its_graphs_and_no_others(pretended: list[tuple[int, ...]]) -> None:
+    model, x = graphed(network(), 2), images(2)
+    outputs(model, x)
+    with pytest.raises(RuntimeError, match="channels"):
+        fusedres.optimize(model, torch.randn(4, 5, 32, 32))
+    outputs(model, x)
+    outputs(model, images(4))
+    (program,) = inference._programs[model].values()
+    assert program.graphs is not None and [shape[0] for shape in pretended] == [2]
+
+
 def test_a_copy_has_no_graphs(pretended: list[tuple[int, ...]]) -> None:
     model = graphed(network(), 2)
     twin = copy.deepcopy(model)

@@ -339,7 +339,14 @@ def test_bad_arguments() -> None:
 
 
 @pytest.mark.parametrize(
-    "x", [torch.randn(2, 5, 8, 8), torch.randn(2, 3, 8, 8).double(), torch.randn(3), torch.randn(2, 3, 1, 1)]
+    "x",
+    [
+        torch.randn(2, 5, 8, 8),
+        torch.randn(2, 3, 8, 8).double(),
+        torch.randn(3),
+        torch.randn(2, 3, 1, 1),
+        torch.randn(2, 3, 8, 8, device="meta"),
+    ],
 )
 def test_a_wrong_input_gets_eagers_error_and_changes_nothing(x: Tensor) -> None:
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.ReLU()))

@@ -19,7 +19,7 @@ from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
-from fusedres import dispatch, inference
+from fusedres import dispatch, inference, swap
 from fusedres.swap import Fused, Optimized
 
 
@@ -195,6 +195,41 @@ def test_a_model_that_nobody_holds_is_freed_with_its_plan() -> None:
     gc.collect()
     assert gone() is None
     assert len(inference._programs) == count - 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_classes_change_changes_none(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = network(), network()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.left(x), self.right(x)
+
+    model, change = Branches().eval(), swap.optimize
+
+    def second_fails(module: nn.Module, server: swap.Server) -> None:
+        if module is model.right:
+            raise error("no")
+        change(module, server)
+
+    monkeypatch.setattr(swap, "optimize", second_fails)
+    with pytest.raises(error, match="no"):
+        fusedres.optimize(model)
+    assert not any(isinstance(module, Optimized) for module in model.modules())
+
+
+def test_an_error_leaves_an_optimized_model_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, eager = pair()
+    with pytest.raises(RuntimeError, match="channels"):
+        fusedres.optimize(model, example=images(2, 5, 8, 8))
+    x = images()
+    with torch.no_grad(), counting(monkeypatch) as seen:
+        assert_close(model(x), eager, x)
+    assert seen == ["ran"]
 
 
 def test_eight_threads_on_one_model_get_the_same_results() -> None:

@@ -17,7 +17,7 @@ from fusedres.inference.program import Program, refuse_capture
 from fusedres.inference.steps import Mode
 from fusedres.residual import ambient_objection
 
-__all__ = ["forget", "graph", "latest", "mode_of", "serve"]
+__all__ = ["forget", "graph", "held", "hold", "latest", "mode_of", "serve"]
 
 # Beside the modules and not in them, so that copies, pickles and state_dicts know nothing of it.
 _programs: WeakKeyDictionary[nn.Module, dict[Mode, Program]] = WeakKeyDictionary()
@@ -77,6 +77,24 @@ def forget(module: nn.Module) -> None:
     """Drop the plans of a module."""
     _programs.pop(module, None)
     _graphed.pop(module, None)
+
+
+Held = tuple[dict[Mode, Program] | None, int | None]
+
+
+def held(module: nn.Module) -> Held:
+    """The plans of a module, and how many images its graphs are for."""
+    return _programs.get(module), _graphed.get(module)
+
+
+def hold(module: nn.Module, held: Held) -> None:
+    """Give a module back what it held, and drop the rest."""
+    forget(module)
+    programs, largest = held
+    if programs is not None:
+        _programs[module] = programs
+    if largest is not None:
+        _graphed[module] = largest
 
 
 def _objection(module: nn.Module, x: Tensor) -> str | None:
