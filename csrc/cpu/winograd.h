@@ -138,6 +138,17 @@ struct Winograd<7> {
   static constexpr double kSquares[kPairs] = {0.25 * 0.25, 0.625 * 0.625, 1.25 * 1.25, 2.0 * 2.0};
   static constexpr double kPlaces[kPairs] = {0.25, 0.625, 1.25, 2.0};
 
+  // A square's powers from 0 on. Data, because a function may be linked from another variant's code.
+  struct Powers {
+    double of[kPairs][4];
+  };
+  static constexpr Powers powers() {
+    Powers found{};
+    for (int pair = 0; pair < kPairs; ++pair)
+      for (int n = 0; n < 4; ++n) found.of[pair][n] = n == 0 ? 1 : found.of[pair][n - 1] * kSquares[pair];
+    return found;
+  }
+
   // The product of x - square over the squares of the other pairs: its coefficients, the highest is 1.
   struct Others {
     double c[kPairs];
@@ -189,11 +200,11 @@ struct Winograd<7> {
       sums[pair] = m[2 * pair] + m[2 * pair + 1];
       differences[pair] = splat<V>(kPlaces[pair]) * (m[2 * pair] - m[2 * pair + 1]);
     }
+    constexpr Powers square = powers();
     for (int k = 0; k < 7; ++k) {
       const V(&from)[kPairs] = k % 2 ? differences : sums;
       y[k] = k == 6 ? m[8] : V{};
-      for (int pair = 0; pair < kPairs; ++pair)
-        y[k] = y[k] + splat<V>(power(kSquares[pair], k / 2)) * from[pair];
+      for (int pair = 0; pair < kPairs; ++pair) y[k] = y[k] + splat<V>(square.of[pair][k / 2]) * from[pair];
     }
   }
   template <class V>
@@ -221,8 +232,6 @@ struct Winograd<7> {
   }
 
  private:
-  static constexpr double power(double x, int n) { return n == 0 ? 1 : x * power(x, n - 1); }
-
   template <int kPair, class V>
   static FUSEDRES_HOST_DEVICE void weight_pair(const V (&w)[3], V (&u)[kPoints]) {
     constexpr int kPoint = 2 * kPair;
