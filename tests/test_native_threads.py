@@ -1,0 +1,113 @@
+"""The native kernels in torch's pool of threads: how many work, and calls from threads, teams and tasks of others."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedres.ops import Norm, bn_act
+
+pytestmark = pytest.mark.usefixtures("native")
+
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
+
+
+@pytest.fixture(params=[2, 3])
+def several_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+def step(x: Tensor) -> Sequence[Tensor]:
+    """y and every gradient of the end of a block, in more pieces than there are threads."""
+    leaves = [t.detach().requires_grad_() for t in (x, x + 1, torch.ones(x.shape[1]), torch.zeros(x.shape[1]))]
+    y = bn_act(leaves[0], Norm(*leaves[2:], training=True), residual=leaves[1])
+    return y.detach(), *torch.autograd.grad(y, leaves, x)
+
+
+def inputs() -> list[Tensor]:
+    return [torch.randn(5, 24 + i, 40, 40).contiguous(memory_format=LAYOUTS[i % 2]) for i in range(8)]
+
+
+def are_same(found: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> bool:
+    return all(torch.equal(*pair) for both in zip(found, expected, strict=True) for pair in zip(*both, strict=True))
+
+
+def worked() -> dict[str, int]:
+    """By thread of this process, the nanoseconds that it ran."""
+    return {task.name: int((task / "schedstat").read_text().split()[0]) for task in Path("/proc/self/task").iterdir()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="reads what Linux counts of every thread")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_as_many_threads_work_as_torch_was_told(layout: torch.memory_format) -> None:
+    x = torch.randn(8, 64, 56, 56).contiguous(memory_format=layout)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            step(x)
+            before = worked()
+            for _ in range(10):
+                step(x)
+            spent = sorted((now - before.get(name, 0) for name, now in worked().items()), reverse=True)
+            assert sum(ns > spent[0] / 10 for ns in spent) == count, spent
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_eight_threads_with_teams_of_their_own_do_not_disturb_each_other(several_threads: int) -> None:
+    given = inputs()
+    alone = [step(x) for x in given]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert are_same(list(pool.map(step, given)), alone)
+
+
+def openmp_runtimes() -> set[str]:
+    maps = Path("/proc/self/maps").read_text()
+    return set(re.findall(r"\S*/lib(?:gomp|iomp|omp)[^/\s]*\.so\S*", maps))
+
+
+def test_in_a_parallel_region_of_anothers_the_bits_are_the_same(several_threads: int) -> None:
+    """Every thread of a team calls the ops, which are to compute by themselves there."""
+    given = inputs()[:2]
+    expected = [step(x) for x in given]
+    (path,) = openmp_runtimes()  # torch's, and no other
+    found: list[bool] = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def body(_: object) -> None:
+        found.append(are_same([step(x) for x in given], expected))
+
+    ctypes.CDLL(path).GOMP_parallel(body, None, ctypes.c_uint(several_threads), ctypes.c_uint(0))
+    assert found == [True] * several_threads
+
+
+INFERENCE = """
+def one(x: Tensor) -> Tensor:
+    y, _ = torch.ops.fusedres_native.affine_act_forward(x, None, None, None, x, None, None, None, None, 1, False)
+    return y
+
+def every(xs: List[Tensor]) -> List[Tensor]:
+    tasks = [torch.jit.fork(one, x) for x in xs]
+    return [torch.jit.wait(task) for task in tasks]
+"""
+
+
+def test_inter_op_tasks_at_once_do_not_disturb_each_other(several_threads: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        unit = torch.jit.CompilationUnit(INFERENCE)
+    given = [torch.randn(4, 16 + i, 60, 60).contiguous(memory_format=LAYOUTS[i % 2]) for i in range(12)]
+    expected = [torch.relu(x + x) for x in given]
+    for _ in range(5):
+        assert all(map(torch.equal, unit.every(given), expected))
