@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from statistics import median
+from unittest.mock import patch
 
 import pytest
 import python_backend
@@ -223,6 +224,28 @@ def accumulate_without_synchronising_gradients(group):
         assert_same(name, group.size * parameter.grad, expected.grad)
     for (name, expected), buffer in zip(whole.named_buffers(), shared.buffers(), strict=True):
         assert_same(name, buffer, expected)
+
+
+def exchange_once_each_way(group):
+    """For every call of a norm, or of a block's last and its projection's together, whatever the memory policy."""
+    _, shared = group.networks()
+    x, _ = group.batch()
+    x = x[group.mine]
+    for block, calls in zip(shared, (2, 2, 3, 3, 2), strict=True):
+        for policy in ("fast", "lean", "min"):
+            with (
+                patch.object(distributed, "all_gather", wraps=distributed.all_gather) as gathers,
+                patch.object(distributed, "all_reduce", wraps=distributed.all_reduce) as sums,
+                fusedres.set_memory(policy),
+            ):
+                y = block(x.requires_grad_())
+                assert (gathers.call_count, sums.call_count) == (calls, 0)
+                y.square().sum().backward()
+                assert (gathers.call_count, sums.call_count) == (calls, calls)
+            values = [call.args[1].numel() for call in gathers.call_args_list]
+            values += [call.args[0].numel() for call in sums.call_args_list]
+            assert max(values) <= 2 * (2 * y.shape[1] + 1)
+        x = y.detach()
 
 
 def refuse_second_derivatives(group):

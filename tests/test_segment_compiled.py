@@ -136,6 +136,18 @@ def test_sums_that_are_not_finite_stay_where_they_belong(value, native):
     assert_same_outcome(found, expected, exact=True)
 
 
+def test_second_derivatives_are_torchs_own_error(kernel_backend):
+    x, errors = input_of(BUILDS["basic, projection"]()[0]), []
+    for block in BUILDS["basic, projection"]():
+        run = torch.compile(block, fullgraph=True, backend="aot_eager")
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        (dx,) = torch.autograd.grad(run(leaf).square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError) as error:
+            dx.square().sum().backward()
+        errors.append(str(error.value))
+    assert "does not currently support double backward" in errors[0] == errors[1]
+
+
 def test_gradients_nobody_asked_for_are_none(kernel_backend):
     fused, _ = BUILDS["basic, projection"]()
     for frozen in (fused.conv1.weight, fused.bn2.weight, fused.shortcut[0].weight):

@@ -41,7 +41,7 @@ def run_workers(count, arguments_of):
             "3,5",
             "native",
             "equal_one_process,are_as_accurate_as_one_process,know_means_beyond_their_precision,"
-            "accumulate_without_synchronising_gradients,refuse_second_derivatives",
+            "accumulate_without_synchronising_gradients,exchange_once_each_way,refuse_second_derivatives",
         ),
     ],
 )

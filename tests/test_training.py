@@ -104,6 +104,28 @@ def test_grad_scaler_steps_as_with_eager(device, backend):
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-11)
 
 
+def test_grad_scaler_skips_steps_whose_half_gradients_overflow_as_with_eager(device, backend):
+    scales = []
+    for block in fp32_pair("BasicBlock", 4, 6, 2):
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD(block.parameters(), lr=1e-3)
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**20)
+        found = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            with torch.autocast(device, torch.float16):
+                y = block(sample(dtype=torch.float32))
+            scaler.scale(y.float().square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            found.append(scaler.get_scale())
+        scales.append(found)
+        assert all(parameter.isfinite().all() for parameter in block.parameters())
+    assert scales[0] == scales[1]
+    skipped, (before, last) = scales[0][0] < 2.0**20, scales[0][-2:]
+    assert skipped and before == last, "some steps are skipped, and some are not"
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_gives_eagers_gradients_and_statistics(use_reentrant, backend):
     fused, eager = projection_pair()
@@ -171,6 +193,9 @@ for block in projection_pair():
     with parallel.no_sync():
         parallel(sample()).square().sum().backward()
     parallel(sample()).square().sum().backward()
+    # Two forwards before a backward: without broadcasts between them, which eager's own norm refuses.
+    parallel.broadcast_buffers = False
+    sum(parallel(sample()).square().sum() for _ in range(2)).backward()
     found.append({name: t.grad for name, t in block.named_parameters()} | dict(block.named_buffers()))
 for name, expected in found[1].items():
     torch.testing.assert_close(found[0][name], expected, rtol=1e-10, atol=1e-10)
@@ -184,10 +209,14 @@ os._exit(0)  # tearing the reducer down after its process group can wait for eve
 
 
 @pytest.mark.skipif(os.name == "nt", reason="gloo's meeting over a file is tried on Linux and macOS")
-@pytest.mark.parametrize("kernels", ["reference", "python"])
-def test_distributed_data_parallel_has_eagers_gradients_and_statistics(kernels, run_python, tmp_path):
+@pytest.mark.parametrize("kernels", ["reference", "python", "native"])
+def test_distributed_data_parallel_has_eagers_gradients_and_statistics(kernels, run_python, tmp_path, request):
+    if kernels == "native":
+        request.getfixturevalue("native")
+
     def rank(index):
-        return run_python(DATA_PARALLEL, RANK=str(index), FOLDER=str(tmp_path), KERNELS=kernels)
+        served = {} if kernels == "python" else {"FUSEDRES_BACKEND": kernels}
+        return run_python(DATA_PARALLEL, RANK=str(index), FOLDER=str(tmp_path), KERNELS=kernels, **served)
 
     with ThreadPoolExecutor(2) as pool:
         assert [done.returncode for done in pool.map(rank, range(2))] == [0, 0]

@@ -49,6 +49,21 @@ def test_functorch_grad_and_vjp_equal_eagers(blocks):
     assert_equal(actual[1](dy), expected[1](dy))
 
 
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_functorch_in_training_equals_eagers(transform, blocks):
+    """By the batch's statistics; moving the running ones is a mutation, which functorch refuses."""
+    for block in blocks:
+        for module in block.train().modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.track_running_stats = False
+    x = sample(2, 3, 4, 6, 6)
+    if transform == "vmap":
+        actual, expected = (vmap(block)(x) for block in blocks)
+    else:
+        actual, expected = (grad(lambda t, block=block: block(t).square().sum())(x[0]) for block in blocks)
+    assert_equal(actual, expected)
+
+
 def test_functional_call_under_grad_equals_eagers(blocks):
     fused, eager = blocks
     x = sample()
