@@ -1,4 +1,5 @@
-"""What a call of a fused block pays for being sure that nothing in it has changed and nothing forbids its fusion.
+"""What a call pays beside its kernels: a fused block for being sure that nothing in it has changed and nothing forbids
+its fusion, an optimized network for that and for calling one operator after the other.
 
 The time of the thread, with the computation left out; the least of many rounds is the cost on a machine at rest.
 """
@@ -7,14 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from torch import nn
 
 import fusedres
-from fusedres import residual
+from fusedres import inference, residual
+from fusedres.backends import Filter, Geometry, native_convolution
+from fusedres.epilogue import RELU
+from fusedres.inference.plan import Tape
 from fusedres.testing import import_torchvision
 
 torchvision = import_torchvision()
@@ -50,3 +54,32 @@ def test_checks(benchmark, family: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(residual, "execute", lambda parts, x, memory: parts)
     assert isinstance(block.forward(x), residual.Parts), "the eager path was taken"
     benchmark.pedantic(block.forward, (x,), rounds=100, iterations=500, warmup_rounds=5)
+
+
+@pytest.mark.benchmark(group="the calls of an optimized network, batch 1", timer=time.thread_time)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("network", ["resnet18", "resnet50"])
+def test_plan(benchmark, network: str, dtype: torch.dtype) -> None:
+    model = torchvision.models.get_model(network).eval().to(dtype)
+    x = torch.randn(1, 3, 224, 224, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    fusedres.optimize(model)
+    with torch.no_grad():
+        model(x), model(x)
+        (program,) = inference._programs[model].values()
+        ((tape,),) = (held._tapes.values() for held in program._arenas)
+        leave_computation_out(tape, dtype)
+        benchmark.pedantic(model, (x,), rounds=100, iterations=20, warmup_rounds=5)
+
+
+def leave_computation_out(tape: Tape, dtype: torch.dtype) -> None:
+    """Let every operator between places of the arena be a convolution of one pixel; the others' results stay."""
+    pixel = torch.ones(1, 8, 1, 1, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    taps = native_convolution.pack(Filter(torch.ones(8, 8, 1, 1, dtype=dtype)), Geometry(), pixel.shape, False)
+    tiny = native_convolution.prepare(pixel, taps, None, Geometry(), RELU, torch.empty_like(pixel))
+    for index, (call, takes_values) in enumerate(tape.calls):
+        if not takes_values:
+            tape.calls[index] = tiny, False
+        elif hasattr(call, "prepare"):
+            tape.calls[index] = call._replace(prepare=lambda *operands: tiny), True
+        else:
+            call._run = lru_cache(lambda x, run=call._run: run(x))
