@@ -1,5 +1,6 @@
 """What a call pays beside its kernels: a fused block for being sure that nothing in it has changed and nothing forbids
-its fusion, an optimized network for that and for calling one operator after the other.
+its fusion, an optimized network for that and for calling one operator after the other; and what a step comes to where
+calls are all its cost.
 
 The time of the thread, with the computation left out; the least of many rounds is the cost on a machine at rest.
 """
@@ -54,6 +55,23 @@ def test_checks(benchmark, family: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(residual, "execute", lambda parts, x, memory: parts)
     assert isinstance(block.forward(x), residual.Parts), "the eager path was taken"
     benchmark.pedantic(block.forward, (x,), rounds=100, iterations=500, warmup_rounds=5)
+
+
+@pytest.mark.benchmark(group="a training step of a bottleneck, a tiny input", timer=time.thread_time)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("by", ["eager", "fusedres"])
+def test_small_step(benchmark, by: str, dtype: torch.dtype) -> None:
+    block = torchvision.models.resnet.Bottleneck(8, 2, 2, projection())
+    if by == "fusedres":
+        fusedres.fuse(block, strict=True)
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            y = block(x)
+        y.sum().backward()
+
+    benchmark.pedantic(step, rounds=200, iterations=20, warmup_rounds=5)
 
 
 @pytest.mark.benchmark(group="the calls of an optimized network, batch 1", timer=time.thread_time)
