@@ -68,6 +68,13 @@ def test_whoever_looks_inside_sees_its_own_forward(
         assert_close(own_forward(lambda x: call(model, x), x, monkeypatch), eager, x)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_gives_eagers_operations(strict: bool) -> None:
+    model, eager = pair()
+    exported = [torch.export.export(module, (images(),), strict=strict).graph for module in (model, eager)]
+    assert [node.target for node in exported[0].nodes] == [node.target for node in exported[1].nodes]
+
+
 def test_scripting_reads_the_original() -> None:
     model, eager = pair()
     x = images()
