@@ -34,7 +34,6 @@ CAPABILITIES = tuple(configurations.ARCHITECTURES)
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 REGISTERS = 65536  # of a processor
 STEM_WINDOW = Window((3, 3), (2, 2), (1, 1))
-SHARED_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,8 @@ class Compiled:
     def resident(self) -> int:
         """Programs that a processor's registers, which come in eights, and its shared memory allow."""
         by_registers = REGISTERS // (-(-self.usage.registers // 8) * 8 * 32 * self.warps)
-        return min(by_registers, SHARED_KIB[self.capability] * 1024 // (self.usage.shared_bytes + 1024))
+        shared = configurations.ARCHITECTURES[self.capability].shared_kib * 1024
+        return min(by_registers, shared // (self.usage.shared_bytes + 1024))
 
 
 @contextmanager

@@ -108,6 +108,7 @@ class Recorder:
         """Note who serves a request: the first without an objection, or whom measured times name."""
         found = chosen or _first(request)
         reasons = objections(request) | ({} if measured is None else {"measured": measured})
+        reasons.pop(found.name, None)  # its reserve, where it was measured or forced
         self.choices.append(Choice(self._block, request.op, found.name, reasons))
 
 
@@ -128,7 +129,7 @@ def candidates(op: str) -> list[Backend]:
 
 
 def choose(request: Request) -> Backend:
-    """The first backend without an objection, or the forced one, which serves or raises."""
+    """The first backend that the rule may name, or the forced one, which serves or raises."""
     if recorder is not None and not request.compiling:
         recorder.add(request)
     return serving(request)
@@ -152,7 +153,7 @@ def _first(request: Request) -> Backend:
             raise Unserved(_forced, reason)
         return candidate
     for candidate in candidates(request.op):
-        if objection(candidate, request) is None:
+        if candidate.reserve(request.op) is None and objection(candidate, request) is None:
             return candidate
     raise RuntimeError(f"no backend serves {request}")
 
@@ -202,8 +203,8 @@ def objection(candidate: Backend, request: Request) -> str | None:
 
 
 def objections(request: Request) -> dict[str, str]:
-    """Every backend's objection to `request`, those without one left out."""
-    reasons = {candidate.name: objection(candidate, request) for candidate in candidates(request.op)}
+    """Every backend's objection to `request`, or why the rule doesn't name it; those without either left out."""
+    reasons = {c.name: objection(c, request) or c.reserve(request.op) for c in candidates(request.op)}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

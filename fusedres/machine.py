@@ -21,9 +21,10 @@ import torch
 
 from fusedres import build, cache, dispatch, testing
 from fusedres._version import __version__
-from fusedres.backends import Request, Statistics
+from fusedres.backends import Geometry, Request, Statistics
 from fusedres.host import HOST, cpu_name
 from fusedres.native_sources import CUDA, NATIVE, VARIANTS
+from fusedres.ops.contract import multiplies_tf32
 
 TARGETS = (NATIVE, CUDA, HOST)
 PACKAGES = ("numpy", "triton", "torchvision", "timm", "transformers", "onnxruntime", "openvino", "apex")
@@ -165,10 +166,11 @@ def _backends() -> Iterator[dict[str, object]]:
 def _typical_request(op: str, device: str, dtype: torch.dtype, layout: str) -> Request:
     """Training, with parameters as autocast has them: a block's end with an identity residual, a stem's 3x3 pool.
 
-    A convolution is one of inference, with a residual and 64 channels.
+    A convolution is a 1x1 one of inference, with a residual and 64 channels.
     """
     if op == CONVOLUTION:
-        return Request(op, device, dtype, layout, "relu", 0, dtype, dtype, layout, group_outputs=64)
+        request = Request(op, device, dtype, layout, "relu", 0, dtype, dtype, layout, group_outputs=64)
+        return request._replace(window_positions=1, geometry=Geometry(), tf32=multiplies_tf32(dtype, device))
     statistics = Statistics.ABSENT if op == "affine_act" else Statistics.BATCH
     parameters = torch.promote_types(dtype, torch.float32)
     if op == "bn_act_pool":

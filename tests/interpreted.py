@@ -1,8 +1,8 @@
 """Triton's kernels on CPU tensors, run by its interpreter: to be imported first in a process with TRITON_INTERPRET=1.
 
-Two things stand in for a GPU: a device of two processors, so that small tensors are cut into few parts, merged two at a
-time, and the rounding to bfloat16, which the interpreter truncates and hardware does to nearest even. Every load and
-store is held to the tensors of its launch.
+Three things stand in for a GPU: a device of two processors, so that small tensors are cut into few parts, merged two at
+a time, the rounding to bfloat16, which the interpreter truncates and hardware does to nearest even, and the product of
+bfloat16, whose bits the interpreter would multiply. Every load and store is held to the tensors of its launch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedres.backends.triton import BACKEND, apply, launch, operand_objection
 
@@ -84,6 +85,16 @@ def _cast_bfloat16(builder: InterpreterBuilder, source: TensorHandle, dtype: tl.
 
 InterpreterBuilder.cast_impl = _cast_bfloat16
 
+_dot = InterpreterBuilder.create_dot
+
+
+def _dot_bfloat16(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+    wide = [_cast_bfloat16(builder, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)]
+    return _dot(builder, *wide, *rest)
+
+
+InterpreterBuilder.create_dot = _dot_bfloat16
+
 _allowed: list[tuple[int, int]] = []  # first byte and end of the tensors of the launch under way
 _launch, _load, _store = launch.launch, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
@@ -92,6 +103,8 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
             yield argument
+        elif isinstance(argument, TensorDescriptor):
+            yield argument.base
         elif isinstance(argument, tuple):
             yield from _tensors(argument)
 
@@ -113,9 +126,11 @@ def _require_allowed(pointers: TensorHandle, mask: TensorHandle) -> None:
     assert within.all(), "a kernel touched memory outside the tensors of its launch"
 
 
-def _load_watched(builder: InterpreterBuilder, pointers: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
+def _load_watched(
+    builder: InterpreterBuilder, pointers: TensorHandle, mask: TensorHandle, *rest: Any, **by_name: Any
+) -> TensorHandle:
     _require_allowed(pointers, mask)
-    return _load(builder, pointers, mask, *rest)
+    return _load(builder, pointers, mask, *rest, **by_name)
 
 
 def _store_watched(

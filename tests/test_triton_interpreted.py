@@ -19,7 +19,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @needs_triton
-def test_the_kernels_equal_the_formula_in_the_interpreter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tests", ["interpreted_kernels.py", "interpreted_convolutions.py"])
+def test_the_kernels_equal_the_formula_in_the_interpreter(tests: str, tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -27,7 +28,7 @@ def test_the_kernels_equal_the_formula_in_the_interpreter(tmp_path: Path) -> Non
         "FUSEDRES_TEST_DEVICE": "cpu",
         "PYTHONPATH": str(Path(fusedres.__file__).parents[1]),  # a checkout need not be installed
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_kernels.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
     run = subprocess.run(
         command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )

@@ -124,12 +124,13 @@ class Request(NamedTuple):
     empty: bool = False
     subclass: bool = False
     compiling: bool = False
-    window_positions: int = 0  # values that one window of a max-pool compares
+    window_positions: int = 0  # values that one window of a max-pool compares, or of conv_act multiplies
     wants_gradient: bool = False
     group_outputs: int = 0  # output channels of a convolution's group, if it has several
     sizes: tuple[int, ...] = ()  # of what a training step convolves,
     weight_sizes: tuple[int, ...] = ()  # with this
-    geometry: Geometry | None = None
+    geometry: Geometry | None = None  # of any convolution
+    tf32: bool = False  # whether eager may multiply conv_act's float32 as TF32
 
 
 Pack = Callable[[Filter, Geometry, Sequence[int], bool], Filter]
@@ -152,6 +153,7 @@ class Convolution:
             scale, bias, residual and activation follow in a pass of their own.
         max_pool: (x, kernel, stride, padding, y) -> a call that computes the max-pool y of what then lies in x, both in
             channels_last; None where torch's is as good.
+        reserve: why the rule doesn't name it, where only measured times do, or who forces it.
     """
 
     pack: Pack
@@ -160,6 +162,7 @@ class Convolution:
     prepare: Callable[[Tensor, Filter, Tensor | None, Geometry, Activation, Tensor], Callable[[], object]] | None = None
     scales: bool = False
     max_pool: Callable[..., Callable[[], object]] | None = None
+    reserve: str | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,10 @@ class Backend:
     keys: tuple[str, ...] = ()
     convolution: Convolution | None = None
     training_convolution: TrainingConvolution | None = None
+
+    def reserve(self, op: str) -> str | None:
+        """Why the rule doesn't name it for the op, though it might serve."""
+        return self.convolution.reserve if op == "conv_act" and self.convolution is not None else None
 
     def computes(self, op: str) -> bool:
         """Whether it has the op at all."""

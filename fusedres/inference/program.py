@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -19,6 +20,7 @@ from fusedres.inference.graphs import Graphs, is_by_image
 from fusedres.inference.plan import Bound, Changed, Plan, Tape, advance
 from fusedres.inference.steps import Convolve, Mode, Operation, Plain, Step
 from fusedres.inference.watch import Watch
+from fusedres.ops import contract
 
 _MOST_PLANS = 32  # of sizes; the one that was made first goes
 
@@ -194,6 +196,9 @@ def _request(operation: Convolve, mode: Mode) -> Request:
         residual_dtype=residual[0],
         residual_layout=residual[1],
         group_outputs=operation.geometry.group_outputs(operation.conv.out_channels),
+        window_positions=math.prod(operation.conv.kernel_size),
+        geometry=operation.geometry,
+        tf32=contract.multiplies_tf32(mode.dtype, mode.device.type),
     )
 
 

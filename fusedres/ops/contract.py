@@ -154,6 +154,13 @@ def check_convolution(
         raise TypeError(f"residual must be a floating-point tensor, got {residual.dtype}; convert it to {x.dtype}")
 
 
+def multiplies_tf32(dtype: torch.dtype, device: str) -> bool:
+    """Whether eager may multiply a convolution's float32 as TF32 there; torch.compile need not know."""
+    if dtype is not torch.float32 or device != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _pair(value: _Pair) -> tuple[int, int]:
     rows, columns = (value, value) if isinstance(value, int) else value
     return rows, columns

@@ -62,4 +62,7 @@ def request(
     return contract.request("conv_act", x, residual, None, activation, weight.dtype)._replace(
         wants_gradient=torch.is_grad_enabled() and any(t.requires_grad for t in operands),
         group_outputs=geometry.group_outputs(weight.shape[0]),
+        window_positions=weight.shape[2] * weight.shape[3],
+        geometry=geometry,
+        tf32=contract.multiplies_tf32(x.dtype, x.device.type),
     )

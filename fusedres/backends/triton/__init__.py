@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from fusedres.backends import Backend, Request
+from fusedres.backends import CONVOLUTIONS, Backend, Request
+from fusedres.backends.triton import convolution
 
 OPS = ("affine_act", "bn_act", "bn_act_pool")
 OLDEST = 80
@@ -23,11 +24,15 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def objection(request: Request) -> str | None:
     """Why the kernels can't serve a request, as one sentence with the remedy."""
+    if request.op in CONVOLUTIONS and request.device != "cuda":
+        return f"it has no convolutions for {request.device} tensors"
     return operand_objection(request) or machine_objection()
 
 
 def operand_objection(request: Request) -> str | None:
     """What speaks against the operands, on whatever machine."""
+    if request.op in CONVOLUTIONS:
+        return convolution.objection(request)
     if request.dtype not in _DTYPES:
         return f"its kernels have no {request.dtype}; convert x to one of {', '.join(map(str, _DTYPES))}"
     if request.layout == "strided":
@@ -95,4 +100,4 @@ def _kernel(op: str, direction: str) -> Callable[..., Any]:
 
 
 KERNELS = {f"{op}_{direction}": _kernel(op, direction) for op in OPS for direction in ("forward", "backward")}
-BACKEND = Backend("triton", objection, kernels=KERNELS, keys=("CUDA",))
+BACKEND = Backend("triton", objection, kernels=KERNELS, keys=("CUDA",), convolution=convolution.CONVOLUTION)

@@ -73,6 +73,7 @@ class Architecture:
 
     bytes_per_s: float
     processors: int
+    shared_kib: int  # of a processor
 
     def bytes_wanted(self) -> float:
         """Bytes that each processor must have on their way."""
@@ -80,13 +81,18 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    80: Architecture(2.04e12, 108),  # A100 80 GB
-    86: Architecture(1.01e12, 84),  # RTX 3090 Ti
-    89: Architecture(1.01e12, 128),  # RTX 4090
-    90: Architecture(4.80e12, 132),  # H200
-    100: Architecture(8.00e12, 148),  # B200
-    120: Architecture(1.79e12, 170),  # RTX 5090
+    80: Architecture(2.04e12, 108, 164),  # A100 80 GB
+    86: Architecture(1.01e12, 84, 100),  # RTX 3090 Ti
+    89: Architecture(1.01e12, 128, 100),  # RTX 4090
+    90: Architecture(4.80e12, 132, 228),  # H200
+    100: Architecture(8.00e12, 148, 228),  # B200
+    120: Architecture(1.79e12, 170, 100),  # RTX 5090
 }
+
+
+def architecture(capability: int) -> Architecture:
+    """The newest known that is not newer."""
+    return ARCHITECTURES[max((c for c in ARCHITECTURES if c <= capability), default=min(ARCHITECTURES))]
 
 
 def default(kind: Pass, capability: int, itemsize: int) -> Config:
@@ -95,8 +101,7 @@ def default(kind: Pass, capability: int, itemsize: int) -> Config:
     >>> default(STATISTICS, 90, 2) in STATISTICS.configs
     True
     """
-    known = max((c for c in ARCHITECTURES if c <= capability), default=min(ARCHITECTURES))
-    wanted = ARCHITECTURES[known].bytes_wanted()
+    wanted = architecture(capability).bytes_wanted()
     for config in kind.configs:
         if kind.bytes_in_flight(config, itemsize) >= wanted:
             return config

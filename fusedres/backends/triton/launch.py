@@ -11,8 +11,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.backends.triton import tuned
+from fusedres.backends.triton import blocking, tuned
 from fusedres.backends.triton.arguments import Cut
+from fusedres.backends.triton.blocking import Blocks, Problem, Product
 from fusedres.backends.triton.configurations import Config, Pass, blocks, default
 from fusedres.backends.triton.view import View
 
@@ -34,12 +35,12 @@ def device_of(device: torch.device) -> Device:
     return Device(facts.name, 10 * facts.major + facts.minor, facts.multi_processor_count)
 
 
-_forced: dict[str, Config] = {}  # by the pass's name
+_forced: dict[str, Any] = {}  # by the name of the pass or product
 
 
 @contextmanager
-def forced(kind: Pass, config: Config) -> Iterator[None]:
-    """Run a pass in this configuration: for tuning, and for tests."""
+def forced(kind: Pass | Product, config: Config | Blocks) -> Iterator[None]:
+    """Run a pass or a product in this configuration: for tuning, and for tests."""
     _forced[kind.name] = config
     try:
         yield
@@ -51,8 +52,19 @@ def chosen(kind: Pass, view: View, dtype: torch.dtype, device: Device) -> Config
     """The forced configuration, else the tuned one, else the default."""
     if kind.name in _forced:
         return _forced[kind.name]
-    found = tuned.find(device.name, tuned.key(kind, view, dtype))
+    found: Any = tuned.find(device.name, tuned.key(kind, view, dtype))
     return default(kind, device.capability, dtype.itemsize) if found is None else found
+
+
+def blocks_of(kind: Product, problem: Problem, device: Device) -> Blocks:
+    """The same of a product: worked out at the first call for such a problem, and remembered."""
+    return _forced[kind.name] if kind.name in _forced else _blocks(kind, problem, device)
+
+
+@lru_cache(maxsize=4096)
+def _blocks(kind: Product, problem: Problem, device: Device) -> Blocks:
+    found: Any = tuned.find(device.name, kind.entry(problem))
+    return blocking.default(kind, problem, device.capability, device.processors) if found is None else found
 
 
 class Plan(NamedTuple):
@@ -94,6 +106,7 @@ def _plan(kind: Pass, view: View, dtype: torch.dtype, device: Device) -> Plan:
 def forget_plans() -> None:
     """For whoever changes what is chosen."""
     _plan.cache_clear()
+    _blocks.cache_clear()
 
 
 def finish(kernel: Any, groups: int, channels: int, *arguments: Any, **constants: Any) -> None:

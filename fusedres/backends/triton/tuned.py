@@ -14,12 +14,15 @@ from typing import Any
 import torch
 import triton
 
+from fusedres.backends.triton.blocking import PRODUCTS, Blocks
 from fusedres.backends.triton.configurations import PASSES, Config, Pass
 from fusedres.backends.triton.view import View
 from fusedres.tables import Table, Unusable
 
+Configs = Mapping[str, Config | Blocks]  # by what they are for
+
 _FORMAT = 1
-_read: dict[str, Mapping[str, Config]] = {}  # by device: what its file held when it was first asked for
+_read: dict[str, Configs] = {}  # by device: what its file held when it was first asked for
 
 
 def key(kind: Pass, view: View, dtype: torch.dtype) -> str:
@@ -29,7 +32,7 @@ def key(kind: Pass, view: View, dtype: torch.dtype) -> str:
     return f"{kind.name}/{str(dtype).removeprefix('torch.')}/{order}/{view.channels}/{magnitude}"
 
 
-def find(device: str, entry: str) -> Config | None:
+def find(device: str, entry: str) -> Config | Blocks | None:
     """The tuned configuration under that key, if there is one."""
     table = _read.get(device)
     if table is None:
@@ -41,12 +44,12 @@ def path_of(device: str) -> Path:
     return _table(device).path
 
 
-def load(device: str) -> Mapping[str, Config]:
+def load(device: str) -> Configs:
     """The device's table; an empty one, with a warning, where the file is not to be used."""
     return _table(device).load(_declared)
 
 
-def save(device: str, found: Mapping[str, Config]) -> Path:
+def save(device: str, found: Configs) -> Path:
     """Add to the device's table, which is used from now on."""
     table = {**load(device), **found}
     path = _table(device).add({entry: astuple(config) for entry, config in found.items()}, _declared)
@@ -59,10 +62,12 @@ def _table(device: str) -> Table:
     return Table(device, header, "tuned configurations", "remove the file, or tune again with python -m fusedres tune")
 
 
-def _declared(entries: Mapping[str, Any]) -> Mapping[str, Config]:
-    declared = {kind.name: kind.configs for kind in PASSES}
-    table = {entry: Config(*values) for entry, values in entries.items()}
-    for entry, config in table.items():
-        if config not in declared[entry.partition("/")[0]]:
+def _declared(entries: Mapping[str, Any]) -> Configs:
+    declared = {kind.name: {astuple(config): config for config in kind.configs} for kind in (*PASSES, *PRODUCTS)}
+    table = {}
+    for entry, values in entries.items():
+        config = declared[entry.partition("/")[0]].get(tuple(values))
+        if config is None:
             raise Unusable(f"{entry} has a configuration that is not declared")
+        table[entry] = config
     return table
