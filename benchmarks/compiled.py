@@ -8,31 +8,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import compiled_products
 import torch
 import triton
+from _compiling import AMD, CAPABILITIES, Usage, compiling, name_of, usage
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from fusedres.backends import Window
-from fusedres.backends.triton import affine_act, bn_act, bn_act_pool, configurations, launch
+from fusedres.backends.triton import affine_act, bn_act, bn_act_pool, configurations
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-CAPABILITIES = tuple(configurations.ARCHITECTURES)
-AMD = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
-REGISTERS = 65536  # of a processor
 STEM_WINDOW = Window((3, 3), (2, 2), (1, 1))
 
 
@@ -96,36 +88,6 @@ SMALL = (  # Triton takes an integer that is 1 for a constant
 TRAINED = (INTERIOR, BLOCK_END, PROJECTION, STEM)
 
 
-class Driver:
-    """A driver without a device: it names the target, which is all that compiling asks."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_device(self) -> int:
-        return self.target.arch if isinstance(self.target.arch, int) else AMD.index(self.target.arch)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What one kernel's machine code takes."""
-
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    wide_loads: int  # of 128 bits, from global memory
-    loads: int
-    wide_stores: int
-    stores: int
-    single: int  # accesses to one 16-bit element
-
-
 @dataclass(frozen=True)
 class Compiled:
     """One kernel as one form of one architecture launches it."""
@@ -139,29 +101,8 @@ class Compiled:
     usage: Usage
 
     def resident(self) -> int:
-        """Programs that a processor's registers, which come in eights, and its shared memory allow."""
-        by_registers = REGISTERS // (-(-self.usage.registers // 8) * 8 * 32 * self.warps)
-        shared = configurations.ARCHITECTURES[self.capability].shared_kib * 1024
-        return min(by_registers, shared // (self.usage.shared_bytes + 1024))
-
-
-@contextmanager
-def compiling(target: GPUTarget, capability: int, found: Callable[[Any, Any, int], None]) -> Iterator[None]:
-    """Launches are compiled for `target` and not run: `found(kernel, machine code, warps)`."""
-
-    def compile_only(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any], warps: int) -> None:
-        found(kernel, kernel.warmup(*arguments, grid=grid, **constants, num_warps=warps), warps)
-
-    previous = launch.launch, launch.device_of
-    launch.launch = compile_only
-    launch.device_of = lambda device: launch.Device("", capability, configurations.ARCHITECTURES[capability].processors)
-    driver.set_active(Driver(target))
-    try:
-        yield
-    finally:
-        launch.launch, launch.device_of = previous
-        if torch.cuda.is_available():
-            driver.reset_active()
+        """Programs that a processor holds."""
+        return self.usage.resident(self.warps, self.capability)
 
 
 def call(form: Form, dtype: torch.dtype) -> None:
@@ -233,23 +174,6 @@ def compiled_for_amd(form: Form, dtype: torch.dtype, target: str) -> int:
     return len(binaries)
 
 
-@cache
-def usage(cubin: bytes) -> Usage:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        resources, code = (
-            subprocess.run([str(TOOLS / tool), option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", resources)}
-    loads, stores = (re.findall(rf"\b{op}\.E\S*", code) for op in ("LDG", "STG"))
-    wide_loads, wide_stores = (sum(".128" in name for name in names) for names in (loads, stores))
-    spilled, single = numbers["STACK"] + numbers["LOCAL"], sum(".U16" in name for name in loads + stores)
-    counts = wide_loads, len(loads), wide_stores, len(stores), single
-    return Usage(numbers["REG"], spilled, numbers["SHARED"], *counts)
-
-
 def matrix() -> Iterator[tuple[Form, torch.dtype, int]]:
     """What is compiled: bf16's training forms everywhere, everything else for sm_90."""
     bf16 = torch.bfloat16
@@ -258,10 +182,6 @@ def matrix() -> Iterator[tuple[Form, torch.dtype, int]]:
     yield from ((form, bf16, 90) for form in SMALL)
     dtypes = torch.float32, torch.float16, torch.float64
     yield from ((form, dtype, 90) for form, dtype in itertools.product((PROJECTION, STEM), dtypes))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def table(form: Form, dtype: torch.dtype, rows: list[Compiled]) -> Iterator[str]:
@@ -305,6 +225,7 @@ def document() -> Iterator[str]:
         groups.setdefault((form, dtype), []).extend(compiled(form, dtype, capability))
     for (form, dtype), rows in groups.items():
         yield from table(form, dtype, rows)
+    yield from compiled_products.document()
     yield from ("", "## AMD", "", "Compiled, never run: the backend objects to these devices.", "")
     yield "| target | kernels of a block's end | of a stem |"
     yield "|---|---|---|"

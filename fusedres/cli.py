@@ -27,6 +27,7 @@ from fusedres.bench.roofline import designs
 from fusedres.bench.timing import plain
 from fusedres.bench.work import DTYPES, Work
 from fusedres.tuning.kernels import BATCH, shapes_at, tune_shapes
+from fusedres.tuning.products import tune_products
 
 PROGRAM = "python -m fusedres"
 
@@ -99,7 +100,9 @@ def tune(
 
         if where.type == "cuda":
             shapes = shapes_at(batch or BATCH)
-            found = tune_shapes(shapes, stems=shapes[:1], dtypes=(DTYPES[dtype.value],), device=where, progress=notice)
+            dtypes = (DTYPES[dtype.value],)
+            tune_shapes(shapes, stems=shapes[:1], dtypes=dtypes, device=where, progress=notice)
+            found = tune_products(images=batch or BATCH, dtypes=dtypes, device=where, progress=notice)
         else:
             found = _tune_model(model or "resnet50", batch or 8, size, DTYPES[dtype.value], notice)
     console.print(str(found))

@@ -267,10 +267,15 @@ def test_tune_hands_its_dtype_and_batch_on_and_prints_the_table(run, monkeypatch
         progress(1, 2)
         assert (64, 512, 7, 7) in shapes and stems == [(64, 64, 112, 112)] and len(shapes) == len(kernels.NORMS)
         assert dtypes == (torch.float16,) and device.type == "cuda"
+
+    def tune_convolutions(*, images, dtypes, device, progress):
+        assert images == 64 and dtypes == (torch.float16,) and device.type == "cuda"
+        progress(2, 2)
         return "the table"
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cli, "tune_shapes", tune)
+    monkeypatch.setattr(cli, "tune_products", tune_convolutions)
     status, printed, _ = run("tune", "--dtype", "fp16", "--batch", "64")
     assert status == 0 and printed.strip() == "the table"
 

@@ -130,7 +130,7 @@ def imaginary_gpu(monkeypatch):
     launches = []
     monkeypatch.setattr(launch, "launch", lambda kernel, *_: launches.append(kernel))
     monkeypatch.setattr(launch, "device_of", lambda device: launch.Device(DEVICE, 90, 132))
-    monkeypatch.setattr(kernels, "_cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(kernels, "cache_bytes", lambda device: 1 << 20)
 
     def time_ms(calls, device):
         for call in calls:

@@ -61,8 +61,7 @@ def tune_shapes(
         stems: the same, of norms that a 3x3 max-pool of stride 2 follows.
         progress: called with the timings done and the timings in all.
     """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("tuning times its launches, which a CUDA graph's capture can't; tune before the capture")
+    refuse_capture()
     from fusedres.backends.triton import launch, tuned
     from fusedres.backends.triton.configurations import BLOCK_PASSES, POOL_PASSES
     from fusedres.backends.triton.view import View
@@ -88,6 +87,12 @@ def tune_shapes(
         tuned.save(launch.device_of(device).name, found)
         launch.forget_plans()
     return path
+
+
+def refuse_capture() -> None:
+    """Raise where a CUDA graph is being captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tuning times its launches, which a CUDA graph's capture can't; tune before the capture")
 
 
 def _walked(kind: Pass, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -116,7 +121,7 @@ def _block_calls(
     shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device
 ) -> Mapping[str, Sequence[Call]]:
     """By pass: calls of the op that runs it, a block's end in training, over more buffers than the cache holds."""
-    sets = max(2, math.ceil(4 * _cache_bytes(device) / (3 * math.prod(shape) * dtype.itemsize)))
+    sets = max(2, math.ceil(4 * cache_bytes(device) / (3 * math.prod(shape) * dtype.itemsize)))
     pairs = [_forward_and_backward(shape, dtype, memory_format, device) for _ in range(sets)]
     forward, backward = zip(*pairs, strict=True)
     return {"statistics": forward, "apply": forward, "gradient_sums": backward, "gradient_apply": backward}
@@ -126,7 +131,7 @@ def _stem_calls(
     shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device
 ) -> Mapping[str, Sequence[Call]]:
     """The same of a stem's norm and max-pool."""
-    sets = max(2, math.ceil(4 * _cache_bytes(device) / (math.prod(shape) * dtype.itemsize)))
+    sets = max(2, math.ceil(4 * cache_bytes(device) / (math.prod(shape) * dtype.itemsize)))
     pairs = [_stem_forward_and_backward(shape, dtype, memory_format, device) for _ in range(sets)]
     forward, backward = zip(*pairs, strict=True)
     return {"pool_apply": forward, "pool_gradient_sums": backward, "pool_gradient_apply": backward}
@@ -179,5 +184,6 @@ def _stem_forward_and_backward(
     return forward, backward
 
 
-def _cache_bytes(device: torch.device) -> int:
+def cache_bytes(device: torch.device) -> int:
+    """Of the cache that all processors share."""
     return torch.cuda.get_device_properties(device).L2_cache_size

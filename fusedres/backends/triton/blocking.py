@@ -95,11 +95,9 @@ HALF = Product(
         Blocks(128, 128, 64, 8, 3, 1, True),
         Blocks(128, 128, 32, 8, 4, 1),
         Blocks(128, 64, 64, 4, 3, 2, True),
-        Blocks(128, 64, 32, 8, 4, 2),
         Blocks(64, 64, 64, 4, 4, 3, True),
-        Blocks(64, 64, 64, 4, 3, 2),
+        Blocks(64, 64, 64, 4, 3, 3),
         Blocks(64, 32, 64, 4, 4, 4, True),
-        Blocks(64, 32, 64, 4, 4, 4),
     ),
 )
 # By ordinary multiply-adds, as IEEE 754 rounds them.
