@@ -32,6 +32,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import _gpu_backends as backends
 import _gpu_baseline as baseline
+import _gpu_convolutions as convolutions
 import _gpu_kernels as kernels
 import _gpu_machine as machine
 import _gpu_ops as ops
@@ -67,6 +68,7 @@ STAGES = {
     "tuning": Stage(tuning.tune, tuning.summary),
     "ops": Stage(ops.ops, ops.summary),
     "backends": Stage(backends.backends, backends.summary),
+    "convolutions": Stage(convolutions.convolutions, convolutions.summary),
     "baseline-train-resnet50": Stage(partial(baseline.train, "resnet50"), baseline.summary),
     "baseline-train-resnet18": Stage(partial(baseline.train, "resnet18"), baseline.summary),
     "baseline-infer": Stage(baseline.infer, baseline.summary),
@@ -76,7 +78,7 @@ STAGES = {
 JOINED = {
     "machine": ("env", "ceilings"),
     "correctness": ("suite", "sanitizers", "kernels"),
-    "kernel-times": ("ops", "backends"),
+    "kernel-times": ("ops", "backends", "convolutions"),
     "models": ("baseline-train-resnet50", "baseline-train-resnet18", "baseline-infer"),
 }
 

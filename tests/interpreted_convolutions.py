@@ -16,32 +16,20 @@ from interpreted import INTERPRETED
 from interpreted_products import MUTANTS
 from measured_times import forget, pretend
 from optimized import assert_close, images, make, outputs
-from test_conv_act import eager, largest, operands, strides
+from product_cases import CASES, DTYPES, Case, configs, error_and_bar, require_every_configuration_within_the_bar
+from test_conv_act import eager, operands
 from torch import Tensor, nn
 
 import fusedres
 from fusedres import dispatch
 from fusedres.backends import Filter, Geometry
 from fusedres.backends.triton import launch, product
-from fusedres.backends.triton.blocking import HALF, SINGLE, Blocks, possible, product_of
-from fusedres.backends.triton.conv_act import problem_of
+from fusedres.backends.triton.blocking import HALF, SINGLE
 from fusedres.backends.triton.convolution import CONVOLUTION
 from fusedres.epilogue import CATALOGUE, RELU
 from fusedres.ops import conv_act
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, at infinities and NaN
-
-# x's sizes, output channels, stride: odd numbers of pixels and of both channels, more than one tile of each, strides
-# apart, rows of 2 and of 8, more tiles than a group has
-CASES: tuple[tuple[tuple[int, int, int, int], int, tuple[int, int]], ...] = (
-    ((2, 64, 9, 7), 32, (1, 1)),
-    ((3, 35, 8, 11), 17, (2, 1)),
-    ((2, 72, 5, 5), 136, (2, 2)),
-    ((1, 130, 6, 5), 24, (1, 1)),
-    ((9, 16, 13, 11), 131, (1, 1)),
-    ((2, 8, 1, 2), 3, (1, 1)),
-)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,38 +39,10 @@ def interpreted() -> Iterator[None]:
     fusedres.ops.unregister_backend(INTERPRETED)
 
 
-def configs(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> list[Blocks]:
-    """Those declared that an sm_90 could run on these operands."""
-    problem = problem_of(x.shape[0], *weight.shape[:2], x.dtype, stride == (1, 1))
-    return possible(product_of(x.dtype), problem, 90)
-
-
-def error_and_bar(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor | None, act: str, stride: tuple[int, int]
-) -> tuple[float, float]:
-    """In units of the summed terms, against fp64, and 1.1 times eager's."""
-    wide = [None if t is None else t.double() for t in (x, weight, bias, r)]
-    exact, theirs = (eager(*given, act, {"stride": stride}) for given in (wide, (x, weight, bias, r)))  # pyright: ignore[reportArgumentType]
-    terms = F.conv2d(x.double().abs(), weight.double().abs(), stride=stride) + 5
-    assert y.dtype == x.dtype and strides(y) == strides(theirs)
-    return largest(y, exact, terms), max(1.1 * largest(theirs, exact, terms), 4 * torch.finfo(x.dtype).eps)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape, outputs, stride", CASES, ids=str)
-def test_every_configuration_is_within_the_bar(
-    shape: tuple[int, ...], outputs: int, stride: tuple[int, int], dtype: torch.dtype
-) -> None:
-    geometry = {"stride": stride}
-    x, weight, bias, residual = operands(shape, (outputs, shape[1], 1, 1), geometry, dtype, "channels_last")
-    for index, blocks in enumerate(configs(x, weight, stride)):
-        b, r = (None, bias)[index % 2], (residual, residual, None)[index % 3]
-        before = residual.clone()
-        with fusedres.use_backend("interpreted"), launch.forced(product_of(dtype), blocks):
-            y = conv_act(x, weight, b, residual=r, **geometry)
-        error, bar = error_and_bar(y, x, weight, b, r, "relu", stride)
-        assert error <= bar, str(blocks)
-        assert torch.equal(residual, before), "the residual was written to"
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_configuration_is_within_the_bar(case: Case, dtype: torch.dtype) -> None:
+    require_every_configuration_within_the_bar("interpreted", case, dtype)
 
 
 @pytest.mark.parametrize("act", [row.name for row in CATALOGUE])
@@ -177,7 +137,7 @@ def test_offsets_pass_2_31() -> None:
     assert out.tolist() == [[row * 64 + channel for channel in range(4)] for row in (50_000_000, 50_000_001)]
 
 
-def wrong(case: tuple[tuple[int, int, int, int], int, tuple[int, int]], *, described: bool) -> bool:
+def wrong(case: Case, *, described: bool) -> bool:
     """Whether the smallest tiles fail a case, with all that a kernel can be given."""
     shape, outputs, stride = case
     x, weight, bias, residual = operands(

@@ -37,12 +37,12 @@ def test_nothing_spills_and_the_planned_programs_fit(
     row = compiled_products.compiled(convolution, dtype, capability, blocks)
     used = row.usage
     assert used.spilled_bytes == 0
-    assert row.resident() >= row.planned >= 1
     assert used.shared_bytes <= blocks.shared_bytes(dtype.itemsize) + 64  # barriers
     assert used.shared_bytes <= (ARCHITECTURES[capability].shared_kib - 1) * 1024
     assert row.multiplies[0] == ("fma" if dtype is torch.float32 else MULTIPLY.get(capability, "mma"))
     if convolution in SMALL:
         return
+    assert row.resident() >= row.planned >= 1
     assert row.asynchronous > 0
     assert used.loads - used.wide_loads <= OF_CHANNELS and used.wide_loads > 0
     assert used.stores == used.wide_stores > 0

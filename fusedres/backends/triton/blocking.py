@@ -26,7 +26,8 @@ class Blocks:
         m, n, k: pixels, output channels and, at a time, input channels of a tile.
         warps: warps a program.
         stages: loads of input channels that are on their way together.
-        programs: programs that the registers of a processor allow; its shared memory may allow fewer.
+        programs: programs that the registers of a processor allow where rows are aligned; its shared memory may allow
+            fewer.
         descriptors: whether the tensor memory accelerator reads both factors.
     """
 

@@ -119,7 +119,7 @@ def pre_activation(sums, scale_ptr, bias_ptr, residual_ptr, offsets, exists, fir
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def conv_act(
     x,
     weight,
