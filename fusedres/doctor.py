@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres import build, compiler, dispatch, numerics, testing
-from fusedres.backends import Window
-from fusedres.machine import CONVOLUTION, NORM_OPS
+from fusedres.backends import NORM_OPS, Window
+from fusedres.machine import CONVOLUTION
 from fusedres.native_sources import NATIVE
 from fusedres.ops import conv_act
 from fusedres.testing import Case, Operands

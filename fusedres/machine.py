@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from fusedres import build, cache, dispatch, testing
+from fusedres import build, cache, dispatch
 from fusedres._version import __version__
-from fusedres.backends import Geometry, Request, Statistics
+from fusedres.backends import NORM_OPS, Geometry, Request, Statistics
 from fusedres.host import HOST, cpu_name
 from fusedres.native_sources import CUDA, NATIVE, VARIANTS
 from fusedres.ops.contract import multiplies_tf32
@@ -29,7 +29,7 @@ from fusedres.ops.contract import multiplies_tf32
 TARGETS = (NATIVE, CUDA, HOST)
 PACKAGES = ("numpy", "triton", "torchvision", "timm", "transformers", "onnxruntime", "openvino", "apex")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NORM_OPS, CONVOLUTION = (*testing.OPS, "bn_act_pool"), "conv_act"
+CONVOLUTION = "conv_act"
 OPS = (*NORM_OPS, CONVOLUTION)
 LAYOUTS = ("channels_last", "contiguous")
 # csrc/params.h numbers its data types so.

@@ -45,4 +45,4 @@ def target() -> Target:
     return Target("emulated", CSRC, sources, flags=flags, link_flags=("-Wl,-Bsymbolic",))
 
 
-BACKEND = Backend("emulated", cuda.operand_objection, keys=("CPU",))
+BACKEND = Backend("emulated", cuda.operand_objection, keys=("CPU",), ops=cuda.OPS)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedres
+from fusedres import dispatch
 from fusedres.backends import Statistics, Window
 from fusedres.ops import Norm, bn_act, bn_act_pool
 
@@ -22,6 +23,22 @@ WINDOWS = (
 )
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ORDERS = (torch.contiguous_format, torch.channels_last)
+
+
+def pooling(name: str) -> str:
+    if not dispatch.backend(name).computes("bn_act_pool"):
+        pytest.skip(f"the {name} backend has no bn_act_pool")
+    return name
+
+
+@pytest.fixture
+def fused_backend(fused_backend: str) -> str:
+    return pooling(fused_backend)
+
+
+@pytest.fixture
+def kernel_backend(kernel_backend: str) -> str:
+    return pooling(kernel_backend)
 
 
 def unfused(x: Tensor, norm: Norm, window: Window, act: str = "relu") -> Tensor:

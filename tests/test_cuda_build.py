@@ -10,7 +10,7 @@ import pytest
 import torch
 from stub_target import script
 
-from fusedres import build, host, nvcc
+from fusedres import build, dispatch, host, nvcc
 from fusedres.backends import Request, cuda
 from fusedres.compiler import BuildError
 from fusedres.native_sources import CSRC, CUDA, CUDA_ELEMENTS, CUDA_FLAGS, cuda_bindings
@@ -154,7 +154,8 @@ def test_operands_are_objected_to_as_by_the_cpu_kernels() -> None:
 
 
 def test_pools_are_left_to_other_backends() -> None:
-    assert cuda.objection(REQUEST._replace(op="bn_act_pool")) == "it has no bn_act_pool kernels"
+    assert dispatch.objection(cuda.BACKEND, REQUEST._replace(op="bn_act_pool")) == "it has no bn_act_pool"
+    assert hasattr(torch.ops.fusedres_cuda, "bn_act") and not hasattr(torch.ops.fusedres_cuda, "bn_act_pool")
 
 
 @needs_nvcc

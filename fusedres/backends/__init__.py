@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedres.epilogue import Activation
 
+NORM_OPS = ("bn_act", "affine_act", "bn_act_pool")
 CONVOLUTIONS = ("conv", "conv_act")  # ops that have functions instead of operators by their name
 
 
@@ -198,6 +199,7 @@ class Backend:
     Args:
         name: the word for `use_backend` and FUSEDRES_BACKEND.
         objection: why it can't serve a request, as one sentence with the remedy, or None.
+        ops: what it has beside convolutions.
         convolution: how it computes conv_act, if it does.
         training_convolution: how it computes conv, if it does.
     """
@@ -207,6 +209,7 @@ class Backend:
     plain: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     kernels: Mapping[str, Callable[..., object]] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    ops: tuple[str, ...] = NORM_OPS
     convolution: Convolution | None = None
     training_convolution: TrainingConvolution | None = None
 
@@ -218,4 +221,4 @@ class Backend:
         """Whether it has the op at all."""
         if op in CONVOLUTIONS:
             return (self.convolution if op == "conv_act" else self.training_convolution) is not None
-        return bool(self.plain or self.keys)
+        return op in self.ops and bool(self.plain or self.keys)

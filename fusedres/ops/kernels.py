@@ -119,7 +119,8 @@ def bind(backend: Backend, specs: tuple[Spec, ...]) -> None:
     if backend.keys:
         library = torch.library.Library(f"fusedres_{backend.name}", "DEF")
         for spec in specs:
-            _registered[backend.name, spec.name] = Kernels(spec, backend, library)
+            if backend.computes(spec.name):
+                _registered[backend.name, spec.name] = Kernels(spec, backend, library)
         _libraries[backend.name] = library
 
 
