@@ -26,6 +26,7 @@ from fusedres.bench.contestants import BASELINE, CHANNELS_LAST, ENTRIES, FUSED, 
 from fusedres.bench.roofline import designs
 from fusedres.bench.timing import plain
 from fusedres.bench.work import DTYPES, Work
+from fusedres.tuning.backends import SHAPES, rank
 from fusedres.tuning.kernels import BATCH, shapes_at, tune_shapes
 from fusedres.tuning.products import tune_products
 
@@ -85,7 +86,7 @@ def tune(
     dtype: Annotated[Precision, typer.Option(help="What is computed in, on a CPU by autocast.")] = Precision.BF16,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
 ) -> None:
-    """Time the convolutions of a training step on a CPU, the Triton kernels' configurations on a GPU; keep the times.
+    """Time the convolutions of a training step on a CPU, kernels and their configurations on a GPU; keep the times.
 
     On a GPU the shapes are those of ResNets.
     """
@@ -99,10 +100,11 @@ def tune(
             bar.update(task, completed=done, total=total)
 
         if where.type == "cuda":
-            shapes = shapes_at(batch or BATCH)
-            dtypes = (DTYPES[dtype.value],)
+            shapes, dtypes = shapes_at(batch or BATCH), (DTYPES[dtype.value],)
             tune_shapes(shapes, stems=shapes[:1], dtypes=dtypes, device=where, progress=notice)
             found = tune_products(images=batch or BATCH, dtypes=dtypes, device=where, progress=notice)
+            ranked = rank(shapes if batch else SHAPES, dtypes=dtypes, device=where, progress=notice)
+            found = f"{found}\n{ranked}"
         else:
             found = _tune_model(model or "resnet50", batch or 8, size, DTYPES[dtype.value], notice)
     console.print(str(found))

@@ -1,5 +1,7 @@
 """Which backend serves a call: an ordered list, the reference last, and the first without an objection.
 
+Where several have kernels for a norm on a GPU, and were timed there, it is the fastest of them for that size class.
+
 FUSEDRES_BACKEND forces a backend, FUSEDRES_DISABLE=1 sends every block to its eager path, and FUSEDRES_MIN_ELEMENTS
 says from what size of input on a block on a CPU leaves that path; all are read once, at import.
 """
@@ -25,6 +27,7 @@ from fusedres.backends import (
     cudnn,
     native,
     onednn,
+    ranking,
     reference,
     triton,
 )
@@ -53,8 +56,8 @@ _forced: str | None = None
 disabled: bool = os.environ.get("FUSEDRES_DISABLE", "0") not in ("", "0")
 # In smaller tensors a pass over memory that is saved is worth less than a call from Python costs.
 min_elements: int = _number(os.environ.get("FUSEDRES_MIN_ELEMENTS") or "262144")
-_chosen: dict[Request, Backend] = {}
 # With the threads that measured times have to be for.
+_chosen: dict[tuple[Request, int], Backend] = {}
 _convolving: dict[tuple[Request, int], Convolving] = {}
 _MOST_CHOSEN = 4096
 
@@ -104,12 +107,11 @@ class Recorder:
         finally:
             self._block = outer
 
-    def add(self, request: Request, chosen: Backend | None = None, measured: str | None = None) -> None:
-        """Note who serves a request: the first without an objection, or whom measured times name."""
-        found = chosen or _first(request)
+    def add(self, request: Request, chosen: Backend, measured: str | None = None) -> None:
+        """Note who serves a request, and the times that name it, where any do."""
         reasons = objections(request) | ({} if measured is None else {"measured": measured})
-        reasons.pop(found.name, None)  # its reserve, where it was measured or forced
-        self.choices.append(Choice(self._block, request.op, found.name, reasons))
+        reasons.pop(chosen.name, None)  # its reserve, where it was measured or forced
+        self.choices.append(Choice(self._block, request.op, chosen.name, reasons))
 
 
 recorder: Recorder | None = None
@@ -130,18 +132,20 @@ def candidates(op: str) -> list[Backend]:
 
 def choose(request: Request) -> Backend:
     """The first backend that the rule may name, or the forced one, which serves or raises."""
+    found = serving(request)
     if recorder is not None and not request.compiling:
-        recorder.add(request)
-    return serving(request)
+        recorder.add(request, found, ranking.words(request, found.name))
+    return found
 
 
 def serving(request: Request) -> Backend:
     """The backend that `choose` would return, nothing being recorded."""
     if request.compiling:  # torch.compile guards on what this reads; a cache would hide it
         return _first(request)
-    found = _chosen.get(request)
+    key = request, times.threads()
+    found = _chosen.get(key)
     if found is None:
-        found = _chosen[request] = _first(request)
+        found = _chosen[key] = _first(request)
     return found
 
 
@@ -152,10 +156,17 @@ def _first(request: Request) -> Backend:
         if reason is not None:
             raise Unserved(_forced, reason)
         return candidate
-    for candidate in candidates(request.op):
+    for candidate in _in_order(request):
         if candidate.reserve(request.op) is None and objection(candidate, request) is None:
             return candidate
     raise RuntimeError(f"no backend serves {request}")
+
+
+def _in_order(request: Request) -> list[Backend]:
+    """The backends that have the op, the one that measured times name before all others."""
+    found = candidates(request.op)
+    fastest = ranking.fastest(request, tuple(c.name for c in found if request.device.upper() in c.keys))
+    return [c for c in found if c.name == fastest] + [c for c in found if c.name != fastest]
 
 
 def convolving(request: Request) -> Convolving:

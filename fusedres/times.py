@@ -55,7 +55,7 @@ def measuring() -> Iterator[None]:
         _found.reset(token)
         for table, entries in found.items():
             try:
-                table.add(entries, _positive)
+                table.add(entries, positive)
             except (OSError, Refused) as error:
                 warnings.warn(f"what was measured of convolutions is not kept: {error}", stacklevel=2)
 
@@ -171,11 +171,12 @@ def table_of(device: str) -> Table:
 def _known(table: Table) -> dict[str, Times]:
     found = _read.get(table.path)
     if found is None:
-        found = _read[table.path] = dict(table.load(_positive))
+        found = _read[table.path] = dict(table.load(positive))
     return found
 
 
-def _positive(entries: Mapping[str, Any]) -> Mapping[str, Times]:
+def positive(entries: Mapping[str, Any]) -> Mapping[str, Times]:
+    """A table's entries, if they are times."""
     for entry, times in entries.items():
         if not all(isinstance(ms, float) and 0 < ms < math.inf for ms in times.values()):
             raise Unusable(f"{entry} has a time that is none")

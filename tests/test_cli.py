@@ -273,11 +273,17 @@ def test_tune_hands_its_dtype_and_batch_on_and_prints_the_table(run, monkeypatch
         progress(2, 2)
         return "the table"
 
+    def rank(shapes, *, dtypes, device, progress):
+        progress(1, 1)
+        assert shapes == kernels.shapes_at(64) and dtypes == (torch.float16,) and device.type == "cuda"
+        return "another"
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cli, "tune_shapes", tune)
     monkeypatch.setattr(cli, "tune_products", tune_convolutions)
+    monkeypatch.setattr(cli, "rank", rank)
     status, printed, _ = run("tune", "--dtype", "fp16", "--batch", "64")
-    assert status == 0 and printed.strip() == "the table"
+    assert status == 0 and printed.split("\n")[:2] == ["the table", "another"]
 
 
 def test_tune_for_a_gpu_needs_one_and_takes_no_model(run, monkeypatch):

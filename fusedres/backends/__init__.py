@@ -132,6 +132,7 @@ class Request(NamedTuple):
     weight_sizes: tuple[int, ...] = ()  # with this
     geometry: Geometry | None = None  # of any convolution
     tf32: bool = False  # whether eager may multiply conv_act's float32 as TF32
+    size_class: int = 0  # of what a norm's kernels walk on a GPU
 
 
 Pack = Callable[[Filter, Geometry, Sequence[int], bool], Filter]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedres import dispatch
 from fusedres.backends import Affine, Geometry, Norm, Request, Window
+from fusedres.backends.ranking import size_class
 from fusedres.epilogue import Activation, find
 
 _Pair = int | tuple[int, int]
@@ -206,4 +207,5 @@ def request(
         type(x) is not Tensor and type(x) is not torch.nn.Parameter,
         torch.compiler.is_compiling(),
         window_positions,
+        size_class=size_class(x.device.type, x.numel()),
     )

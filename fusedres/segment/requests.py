@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fusedres import dispatch
 from fusedres.backends import Request, concrete
+from fusedres.backends.ranking import size_class
 from fusedres.epilogue import IDENTITY
 from fusedres.ops import contract
 from fusedres.ops.bn_act import statistics_of
@@ -74,7 +76,8 @@ def norms_of(
     if shapes is None:
         return None
     layout = dispatch.layout(x)
-    norms = [_request(x, dtype, layout, step) for step in chain]
+    sizes = [size_class(x.device.type, math.prod(shape)) for shape in shapes[1:]]
+    norms = [_request(x, dtype, layout, step, size) for step, size in zip(chain, sizes, strict=True)]
     if shortcut is None:
         return norms
     if type(shortcut) is not Tensor:
@@ -85,7 +88,7 @@ def norms_of(
     # Sums that broadcast or promote are eager's.
     if added is None or added[-1] != shapes[-1] or residual[0] != dtype:
         return None
-    norms[-1] = _request(x, dtype, layout, chain[-1], *residual, *projection)
+    norms[-1] = _request(x, dtype, layout, chain[-1], sizes[-1], *residual, *projection)
     return norms
 
 
@@ -123,6 +126,7 @@ def _request(
     dtype: torch.dtype,
     layout: str,
     step: Step,
+    size: int,
     residual_dtype: torch.dtype | None = None,
     residual_layout: str | None = None,
     projection: Step | None = None,
@@ -140,6 +144,7 @@ def _request(
         residual_layout,
         statistics_of(norm_r),
         compiling=torch.compiler.is_compiling(),
+        size_class=size,
     )
 
 
