@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -109,6 +110,78 @@ def test_a_backward_launches_no_kernel_too_many(name: str, launches: list[str]) 
     call()
     start = next((i for i, kernel in enumerate(launches) if kernel.startswith("gradient")), len(launches))
     assert launches[start:] == expected
+
+
+EVERY = {f"{name}, forward": call for name, (call, _) in FORWARDS.items()}
+EVERY |= {f"{name}, backward": call for name, (call, _) in BACKWARDS.items()}
+
+
+class Guard:
+    """In place of torch.cuda.device_of."""
+
+    entered = 0
+
+    def __init__(self, t: Tensor) -> None:
+        assert t.shape[1] == SHAPE[1]
+
+    def __enter__(self) -> None:
+        Guard.entered += 1
+
+    def __exit__(self, *_: object) -> None:
+        Guard.entered -= 1
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_launch_is_on_its_tensors_device(name: str, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    entered: list[int] = []
+    monkeypatch.setattr(launch, "launch", lambda *_: entered.append(Guard.entered))
+    EVERY[name]()
+    assert set(entered) == {1} and Guard.entered == 0
+
+
+class Operators(TorchDispatchMode):
+    """The operators that run inside, by name, and what they return."""
+
+    def __init__(self, seen: Callable[[str, Any], None]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.seen(function.overloadpacket.__name__, result)
+        return result
+
+
+@pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=str)
+def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands that are there before the call, in either order."""
+    x, per_channel = tensor().contiguous(memory_format=request.param), tensor(SHAPE[1])
+    monkeypatch.setitem(globals(), "tensor", lambda *shape: per_channel if shape else x)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_nothing_is_copied_in_either_order(name: str, made: None, launches: list[str]) -> None:
+    operators: set[str] = set()
+    with Operators(lambda operator, _: operators.add(operator)):
+        EVERY[name]()
+    assert operators <= {"empty", "empty_like", "new_empty", "select"}
+
+
+@pytest.mark.parametrize("op", [lambda: forward(BATCH, BATCH), lambda: pool_forward(BATCH)], ids=["bn_act", "stem"])
+def test_memory_for_the_results_is_there_before_statistics_move(
+    op: Callable[[], Any], made: None, launches: list[str]
+) -> None:
+    """Where it is short, the step is as if it had not begun."""
+    launched_before: list[int] = []
+
+    def seen(_: str, result: Tensor) -> None:
+        if result.dim() == 4:
+            launched_before.append(len(launches))
+
+    with Operators(seen):
+        op()
+    assert launched_before and not any(launched_before) and launches
 
 
 def functions_called(call: Callable[[], Any]) -> list[str]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedres.backends.triton.arguments import Gate, Operand, Slope
 from fusedres.backends.triton.backward import Saved, backward
-from fusedres.backends.triton.forward import forward
+from fusedres.backends.triton.forward import Results, forward
 
 
 def affine_act_forward(
@@ -17,7 +17,9 @@ def affine_act_forward(
     with torch.cuda.device_of(x):
         branch = Operand(x, mean, weight=scale, bias=bias)
         shortcut = Operand(residual, mean_r, weight=scale_r, bias=bias_r)
-        return forward(branch, shortcut, Gate.of(gate), act, keep_mask)
+        results = Results.empty(x, keep_mask)
+        forward(branch, shortcut, Gate.of(gate), act, results)
+        return results.y, results.mask
 
 
 def affine_act_backward(

@@ -9,7 +9,7 @@ from fusedres.backends import Statistics
 from fusedres.backends.triton.arguments import Gate, Operand, Slope
 from fusedres.backends.triton.backward import Saved, backward
 from fusedres.backends.triton.configurations import STATISTICS
-from fusedres.backends.triton.forward import forward
+from fusedres.backends.triton.forward import Results, forward
 from fusedres.backends.triton.launch import Plan, finish
 from fusedres.backends.triton.statistics import statistics_finish, statistics_parts
 from fusedres.backends.triton.view import View, accumulation_dtype
@@ -24,11 +24,12 @@ def bn_act_forward(
     From batch statistics reads x and a normalised residual twice, a plain one once, and writes y.
     """
     with torch.cuda.device_of(x):
+        results = Results.empty(x, keep_mask)
         shortcut = norm_operand(residual, weight_r, bias_r, mean_r, var_r, source_r, momentum_r, eps_r)
         branch = norm_operand(x, weight, bias, mean, var, source, momentum, eps)
-        y, mask = forward(branch, shortcut, Gate.of(gate), act, keep_mask, (eps, eps_r))
+        forward(branch, shortcut, Gate.of(gate), act, results, (eps, eps_r))
         stats, stats_r = (_nothing(x) if t.stats is None else t.stats for t in (branch, shortcut))
-        return y, stats, stats_r, mask
+        return results.y, stats, stats_r, results.mask
 
 
 def norm_operand(

@@ -26,12 +26,12 @@ def bn_act_pool_forward(
     From batch statistics reads x twice and writes y and a byte a window.
     """
     with torch.cuda.device_of(x):
-        operand = norm_operand(x, weight, bias, mean, var, source, momentum, eps)
-        assert operand.stats is not None
         pool, view = pool_of(x, kernel_size, stride, padding), View.of_planes(x)
         sizes, order = (pool.out_rows, pool.out_columns), view.memory_format(x)
         y = torch.empty((*x.shape[:2], *sizes), dtype=x.dtype, device=x.device, memory_format=order)
         choice = torch.empty_like(y, dtype=torch.uint8) if keep_choice else y.new_empty(0, dtype=torch.uint8)
+        operand = norm_operand(x, weight, bias, mean, var, source, momentum, eps)
+        assert operand.stats is not None
         pool = pool._replace(choice=choice if keep_choice else None)
         view = view._replace(pixels=sizes[0] * sizes[1])
         plan = Plan.of(POOL_APPLY, view, x)
