@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from dataclasses import astuple
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,17 @@ import torch
 pytest.importorskip("triton")
 
 from fusedres import cache
-from fusedres.backends.triton import launch, tuned
-from fusedres.backends.triton.configurations import APPLY, BLOCK_PASSES, PASSES, POOL_APPLY, STATISTICS, Config, default
+from fusedres.backends.triton import backward, bn_act, launch, tuned
+from fusedres.backends.triton.configurations import (
+    APPLY,
+    ARCHITECTURES,
+    BLOCK_PASSES,
+    PASSES,
+    POOL_APPLY,
+    STATISTICS,
+    Config,
+    default,
+)
 from fusedres.backends.triton.view import View
 from fusedres.tuning import kernels
 
@@ -112,6 +122,35 @@ def test_a_thousand_damaged_tables_crash_nothing_and_choose_nothing_wrong() -> N
     assert refused > 900
 
 
+WRONG_VALUES = [None, True, 0, -1, 1.0, 1024.0, "4", [], {}, [1024, 4, 4], [1024, 4, 4, 5, 1], 2**70]
+
+
+def test_a_thousand_tables_of_wrong_contents_choose_what_is_declared_or_nothing() -> None:
+    """Their digests are right: whoever wrote them meant it."""
+    generator, refused = random.Random(0), 0
+    declared = {id(config) for kind in PASSES for config in kind.configs}
+    for _ in range(1000):
+        entries = {entry: list(astuple(config)) for entry, config in ENTRIES.items()}
+        entry = generator.choice(list(entries))
+        wrong, how = generator.choice(WRONG_VALUES), generator.randrange(4)
+        if how == 0:
+            entries[entry] = wrong
+        elif how == 1:
+            entries[entry][generator.randrange(4)] = wrong
+        elif how == 2:
+            entries[entry] = list(astuple(generator.choice(generator.choice(PASSES).configs)))
+        else:
+            entries[generator.choice(["", "nonsense", "apply", "none/bfloat16/contiguous/7/7"])] = entries.pop(entry)
+        tuned._table(DEVICE).save(entries)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = tuned.load(DEVICE)
+        assert len(caught) == (not found)
+        assert all(id(config) in declared for config in found.values()), "the very objects: 1024.0 equals 1024"
+        refused += not found
+    assert 500 < refused < 1000
+
+
 def test_forced_comes_before_tuned_and_tuned_before_the_default() -> None:
     device, wanted = launch.Device(DEVICE, 80, 108), APPLY.configs[-1]
     first = default(APPLY, 80, 2)
@@ -122,6 +161,24 @@ def test_forced_comes_before_tuned_and_tuned_before_the_default() -> None:
         assert launch.chosen(APPLY, VIEW, torch.bfloat16, device) == APPLY.configs[1]
     for other in (VIEW._replace(channels=64), VIEW._replace(pixels=100), VIEW._replace(channels_last=False)):
         assert launch.chosen(APPLY, other, torch.bfloat16, device) == default(APPLY, 80, 2)
+    assert launch.chosen(APPLY, VIEW, torch.float16, device) == default(APPLY, 80, 2)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("kind", PASSES, ids=lambda kind: kind.name)
+def test_a_default_has_the_bytes_in_flight_that_memory_wants_and_no_more(kind, capability, itemsize) -> None:
+    wanted, chosen = ARCHITECTURES[capability].bytes_wanted(), default(kind, capability, itemsize)
+    flying = {config: kind.bytes_in_flight(config, itemsize) for config in kind.configs}
+    enough = [config for config in kind.configs if flying[config] >= wanted]
+    assert chosen == (enough[0] if enough else max(kind.configs, key=flying.__getitem__))
+
+
+def test_defaults_differ_between_architectures_and_serve_those_between_and_beyond() -> None:
+    chosen = {capability: tuple(default(kind, capability, 2) for kind in PASSES) for capability in ARCHITECTURES}
+    assert set(chosen) == {80, 86, 89, 90, 100, 120} and len(set(chosen.values())) > 2
+    for unknown, known in ((75, 80), (87, 86), (103, 100), (121, 120)):
+        assert tuple(default(kind, unknown, 2) for kind in PASSES) == chosen[known]
 
 
 @pytest.fixture
@@ -160,6 +217,19 @@ def test_tune_keeps_the_fastest_of_every_pass_and_reports_its_progress(imaginary
     total = sum(len(kind.configs) for kind in PASSES)
     assert seen == [(done, total) for done in range(1, total + 1)]
     assert not launch._forced
+
+
+def test_running_statistics_are_none_of_tunings(imaginary_gpu, monkeypatch) -> None:
+    moved = []
+
+    def finish(kernel, groups, channels, *arguments, **_):
+        if kernel.__name__ == "statistics_finish":
+            moved.append(arguments[2:4])
+
+    for module in (bn_act, backward):
+        monkeypatch.setattr(module, "finish", finish)
+    kernels.tune_shapes([(256, 256, 56, 56)], stems=[(256, 64, 112, 112)], device="meta")
+    assert moved and set(moved) == {(None, None)}
 
 
 def test_what_was_found_before_an_interrupt_is_kept(imaginary_gpu) -> None:

@@ -63,6 +63,7 @@ def _table(device: str) -> Table:
 
 
 def _declared(entries: Mapping[str, Any]) -> Configs:
+    """The declared configurations that a table names; what is read only equals them: 1024.0 would do."""
     declared = {kind.name: {astuple(config): config for config in kind.configs} for kind in (*PASSES, *PRODUCTS)}
     table = {}
     for entry, values in entries.items():
