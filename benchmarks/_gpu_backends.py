@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _gpu_machine import copy_bandwidth
+from _gpu_ops import BLOCK_END
 from _gpu_stage import Run, compiled, one_line, release
 from torch import Tensor
 
@@ -32,6 +36,10 @@ SHAPES = (
 )
 TINY_SHAPES = ((2, 16, 5, 5),)
 ROUNDS, SAMPLE_MS = 24, 3.0
+# What is wanted of the CUDA kernels, forward and backward each.
+LONGEST_US: dict[tuple[int, ...], float] = {(64, 512, 7, 7): 5.0, (32, 256, 14, 14): 5.0}
+SMALL_BYTES, OF_TRITON = 20e6, 0.6  # below that size at most this share of what the Triton kernels take
+COPY_SHARES: dict[tuple[int, ...], float] = {(256, 256, 56, 56): 0.92}
 BASELINE = "eager"
 Step = Callable[[Tensor, Tensor, Norm], Tensor]
 
@@ -46,13 +54,22 @@ def eager(x: Tensor, residual: Tensor, norm: Norm) -> Tensor:
     return F.relu(y.add_(residual), inplace=True)
 
 
+def cudnn(x: Tensor, residual: Tensor, norm: Norm) -> Tensor:
+    """eager, its norm cuDNN's own: who can't run on these operands is left out."""
+    weight, bias, mean, var, training, momentum, eps = norm
+    assert weight is not None
+    y, *_ = torch.cudnn_batch_norm(x, weight, bias, mean, var, training, momentum, eps)
+    return F.relu(y.add_(residual), inplace=True)
+
+
 def backends(run: Run, report: Report) -> list[str]:
-    found: list[str] = []
-    report.data["shapes"] = []
+    copy = copy_bandwidth(run, run.pick(400 * 10**6, 10**6), in_cache=False)
+    rows: list[dict[str, Any]] = []
+    report.data |= {"copy": copy, "shapes": rows}
     for shape in run.pick(SHAPES, TINY_SHAPES):
         for direction in ("forward", "forward and backward"):
             row: dict[str, Any] = {"shape": shape, "direction": direction, "left out": {}, "ms": {}}
-            report.data["shapes"].append(row)
+            rows.append(row)
             calls = contestants(run, shape, direction, row["left out"])
             for sample in interleave(calls, run.device, rounds=ROUNDS, sample_ms=SAMPLE_MS, seconds=run.left() / 30):
                 for name, milliseconds in sample.items():
@@ -63,18 +80,46 @@ def backends(run: Run, report: Report) -> list[str]:
             del calls
             torch.compiler.reset()
             release(run)
-    return found
+    bandwidth = float(copy["terabytes_per_s"]) * 1e12  # pyright: ignore[reportArgumentType]
+    return list(problems(rows, bandwidth)) if run.cuda else []
+
+
+def problems(rows: list[dict[str, Any]], bandwidth: float) -> Iterator[str]:
+    """Where the CUDA kernels, in graphs, miss what is wanted of them."""
+    for forward, step in zip(rows[::2], rows[1::2], strict=True):
+        shape = tuple(forward["shape"])
+        size = math.prod(shape) * torch.bfloat16.itemsize
+        ours, triton = (passes_ms(forward, step, name) for name in ("cuda, graph", "triton, graph"))
+        if not ours:
+            yield f"{shape}: the CUDA kernels did not run: {forward['left out'].get('cuda')}"
+        for name, ms in ours.items():
+            tensors = BLOCK_END.forward_tensors if name == "forward" else BLOCK_END.backward_tensors
+            share = tensors * size / (ms * 1e-3) / bandwidth
+            if 1e3 * ms > LONGEST_US.get(shape, math.inf):
+                yield f"{shape}: {name} takes {1e3 * ms:.1f} us, {LONGEST_US[shape]:g} wanted"
+            if size < SMALL_BYTES and triton and ms > OF_TRITON * triton[name]:
+                yield f"{shape}: {name} takes {ms / triton[name]:.0%} of Triton's time, {OF_TRITON:.0%} wanted"
+            if share < COPY_SHARES.get(shape, 0.0):
+                yield f"{shape}: {name} at {share:.1%} of copy bandwidth, {COPY_SHARES[shape]:.0%} wanted"
+
+
+def passes_ms(forward: dict[str, Any], step: dict[str, Any], name: str) -> dict[str, float]:
+    """A contestant's forward, and its backward as the difference; nothing where it did not run."""
+    if name not in forward["ms"] or name not in step["ms"]:
+        return {}
+    alone, whole = (median(row["ms"][name]) for row in (forward, step))
+    return {"forward": alone, "backward": whole - alone}
 
 
 def contestants(run: Run, shape: tuple[int, ...], direction: str, left_out: dict[str, str]) -> dict[str, Call]:
     """Warm calls by name, with and without a CUDA graph; who can't run is in `left_out` with the reason."""
-    steps: dict[str, Step] = {BASELINE: eager, "compile": compiled(eager, run)}
+    steps: dict[str, Step] = {BASELINE: eager, "compile": compiled(eager, run), "cudnn": cudnn}
     steps |= {backend.name: on(backend.name) for backend in dispatch.ORDER if backend.keys}
     calls: dict[str, Call] = {}
     for name, step in steps.items():
         call = prepared(run, shape, direction, step)
         try:
-            if name not in (BASELINE, "compile"):
+            if name not in (BASELINE, "compile", "cudnn"):
                 with fusedres.use_backend(name):  # which tells its objections
                     prepared(run, shape, direction, fused)()
             for _ in range(3):

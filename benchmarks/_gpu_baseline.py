@@ -10,7 +10,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -45,6 +45,14 @@ TRAINERS = (
     FUSED,
     Contestant("fused-compile", library="fusedres", compile_mode="default"),
 )
+# Where launches count: without CUDA graphs, and the whole step of either captured in one.
+SMALL_TRAINERS = (
+    EAGER,
+    Contestant("compile", compile_mode="default"),
+    FUSED,
+    Contestant("compile-graph", compile_mode="default", graph=True),
+    Contestant("fused-graph", library="fusedres", graph=True),
+)
 TRAINERS_AUTOTUNED = (EAGER, FUSED, Contestant("max-autotune", compile_mode="max-autotune"))
 
 # Served weights are bf16 themselves: autocast casts all of them again at every call, as `eager-amp` shows.
@@ -72,6 +80,7 @@ class Contest:
     batch: int
     training: bool
     contestants: tuple[Contestant, ...]
+    wanted: tuple[tuple[str, str, float], ...] = ()  # which contestant, times as fast as which, how many times
 
     @property
     def name(self) -> str:
@@ -84,7 +93,16 @@ def train(network: str, run: Run, report: Report) -> list[str]:
     """The fast compilers first, at every batch size; max-autotune in the time left, largest batch first."""
     network, batches = run.pick((network, (256, 64)), ("resnet18", (8,)))
     groups = (TRAINERS, TRAINERS_AUTOTUNED)
-    return hold_all([Contest(network, size, True, group) for group in groups for size in batches], run, report)
+    wanted = {("resnet50", 256): (("fused", "eager", 1.22),)}
+    contests = [Contest(network, size, True, group) for group in groups for size in batches]
+    contests = [replace(c, wanted=wanted.get((c.network, c.batch), ())) for c in contests]
+    return hold_all(contests, run, report)
+
+
+def train_small(run: Run, report: Report) -> list[str]:
+    places = run.pick((("resnet18", 32), ("cifar/resnet18", 128)), (("cifar/resnet18", 4),))
+    wanted = ("fused", "compile", 1.0), ("fused-graph", "compile-graph", 1.0)
+    return hold_all([Contest(*place, True, SMALL_TRAINERS, wanted) for place in places], run, report)
 
 
 def infer(run: Run, report: Report) -> list[str]:
@@ -99,7 +117,8 @@ def hold_all(contests: list[Contest], run: Run, report: Report) -> list[str]:
     records: dict[str, Record] = {}
     report.data |= {"gate": {"slack": SLACK, "floor": FLOOR, "hopeless": HOPELESS}, "contests": records}
     for contest in contests:
-        record = records[contest.name] = {"batch": contest.batch, "contestants": {}, "reason": None}
+        facts = {"batch": contest.batch, "wanted": contest.wanted}
+        record = records[contest.name] = {**facts, "contestants": {}, "reason": None}
         if run.left() < run.pick(COMPILE_RESERVE_S, 1.0):
             record["reason"] = "skipped: no time left in this stage"
             continue
@@ -121,6 +140,7 @@ def problems(records: Mapping[str, Record]) -> Iterator[str]:
         for name, entry in record["contestants"].items():
             if entry["status"] == "failed":
                 yield f"{contest}: {name}: {entry['reason']}"
+        yield from (f"{contest}: {miss}" for miss in record.get("misses", ()))
 
 
 def hold(contest: Contest, run: Run, report: Report, record: Record) -> None:
@@ -235,7 +255,17 @@ def time_all(lanes: Mapping[str, Lane], run: Run, report: Report, record: Record
         judge(entry, entries["eager"], record["batch"])
         if recompiled and entry["graphs"]:
             entry |= {"status": "failed", "reason": "a graph was compiled again while it was timed"}
+    record["misses"] = list(misses(entries, record)) if run.cuda else []
     report.save()
+
+
+def misses(entries: Mapping[str, Record], record: Record) -> Iterator[str]:
+    """Whom the fused network has to be ahead of, and by how much, and is not."""
+    for ours, other, least in record["wanted"]:
+        if ours in entries and other in entries:
+            ratio = speedup(entries[other]["samples_ms"], entries[ours]["samples_ms"])
+            if ratio.low < least:
+                yield f"{ours} is {ratio} times as fast as {other}, {least:g} wanted"
 
 
 def judge(entry: Record, eager: Record, images: int) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from _gpu_stage import Model, Run, batch, compiled, gradients, import_torchvision, sgd, training_step
+from _gpu_stage import Model, Run, batch, compiled, gradients, sgd, training_step
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
+from fusedres.bench import networks
 from fusedres.bench.timing import graphed
 
 Outcome = dict[str, torch.Tensor]
@@ -47,14 +47,16 @@ class Task:
 class Lane(Protocol):
     """A contestant ready to run: its whole outcome once, or one step of the timed work."""
 
+    @property
+    def step(self) -> Callable[[], object]: ...
     def outcome(self) -> Outcome: ...
-    def step(self) -> object: ...
 
 
 class Training:
-    def __init__(self, model: torch.nn.Module, call: Model, task: Task) -> None:
+    def __init__(self, contestant: Contestant, model: torch.nn.Module, call: Model, task: Task) -> None:
         self.model, self.call, self.task = model, call, task
         self.optimizer = sgd(model)
+        self.step: Callable[[], object] = graphed(self.once) if contestant.graph else self.once
 
     def outcome(self) -> Outcome:
         """From the first state, put back in place: a recorded graph reads it at the same addresses."""
@@ -65,7 +67,7 @@ class Training:
         self.optimizer.zero_grad()
         return result
 
-    def step(self) -> None:
+    def once(self) -> None:
         torch.compiler.cudagraph_mark_step_begin()
         training_step(self.call, self.optimizer, self.task.images, self.task.labels)
 
@@ -90,8 +92,10 @@ class Inference:
 
 
 def new_task(network: str, size: int, *, training: bool, run: Run) -> Task:
-    state = reference_model(network, training=training).state_dict()
-    return Task(network, training, state, *batch(run, size, run.pick(224, 64)))
+    model = reference_model(network, training=training)
+    pixels, classes = networks.image_size(model), model.get_parameter("fc.bias").numel()
+    pixels = run.pick(pixels, min(pixels, 64))
+    return Task(network, training, model.state_dict(), *batch(run, size, pixels, classes))
 
 
 def reference_model(network: str, *, training: bool) -> torch.nn.Module:
@@ -101,7 +105,7 @@ def reference_model(network: str, *, training: bool) -> torch.nn.Module:
     ResNet-50 is off by more than its own length, and any other gradient would agree with it.
     """
     torch.manual_seed(0)
-    model = getattr(import_torchvision().models, network)(weights=None)
+    model = networks.build(network)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.get_buffer("running_mean"), -0.1, 0.1)
@@ -118,8 +122,10 @@ def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 def new_lane(contestant: Contestant, task: Task, run: Run) -> Lane:
     """Build and, if asked to, wrap for compilation; the compiler itself runs at the first outcome."""
-    library = "fusedres" if contestant.library == "fusedres" else import_torchvision().__name__
-    model = getattr(importlib.import_module(f"{library}.models"), task.network)()
+    of_fusedres = contestant.library == "fusedres"
+    model: Any = (
+        getattr(fusedres.models, task.network.replace("/", "_"))() if of_fusedres else networks.build(task.network)
+    )
     model.load_state_dict(task.state)
     dtype = torch.float32 if contestant.amp else torch.bfloat16
     model = model.to(task.images.device, dtype, memory_format=torch.channels_last).train(task.training)
@@ -127,7 +133,7 @@ def new_lane(contestant: Contestant, task: Task, run: Run) -> Lane:
         example = task.images if task.images.is_cuda else None  # on a CPU it is a rehearsal, and timing takes long
         fusedres.optimize(model, example, cuda_graph=contestant.own_graph)
     call: Model = compiled(model, run, contestant.compile_mode) if contestant.compile_mode else model
-    return Training(model, call, task) if task.training else Inference(contestant, call, task)
+    return Training(contestant, model, call, task) if task.training else Inference(contestant, call, task)
 
 
 def training_outcome(model: torch.nn.Module, logits: torch.Tensor, loss: torch.Tensor) -> Outcome:

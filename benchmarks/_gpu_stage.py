@@ -87,9 +87,9 @@ def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
 
 
-def batch(run: Run, size: int, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(run: Run, size: int, pixels: int, classes: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
     """Random images, channels_last, and labels; the same for every contestant."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(size, 3, pixels, pixels, generator=generator).to(run.device)
-    labels = torch.randint(1000, (size,), generator=generator).to(run.device)
+    labels = torch.randint(classes, (size,), generator=generator).to(run.device)
     return images.contiguous(memory_format=torch.channels_last), labels

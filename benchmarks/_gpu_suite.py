@@ -20,7 +20,7 @@ from fusedres.bench.timing import Report
 
 LONGEST_S = 490.0
 GRACE_S = 30.0  # for an interrupted pytest to end its workers and write its results
-WORKERS = 4  # each one holds a CUDA context
+WORKERS = min(12, max(4, (os.cpu_count() or 1) - 2))  # each one holds a CUDA context, and compiles kernels
 MESSAGE_CHARS = 3000
 LISTED = 200
 

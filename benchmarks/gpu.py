@@ -37,8 +37,10 @@ import _gpu_kernels as kernels
 import _gpu_machine as machine
 import _gpu_ops as ops
 import _gpu_profile as profile
+import _gpu_ranking as ranking
 import _gpu_sanitizers as sanitizers
 import _gpu_suite as suite
+import _gpu_traffic as traffic
 import _gpu_tuning as tuning
 import torch
 from _gpu_stage import Run, one_line
@@ -64,22 +66,27 @@ STAGES = {
     "ceilings": Stage(machine.ceilings, machine.ceilings_summary),
     "suite": Stage(suite.suite, suite.suite_summary),
     "sanitizers": Stage(sanitizers.sanitizers, sanitizers.summary),
-    "kernels": Stage(kernels.kernels, kernels.summary),
+    "kernels-triton": Stage(partial(kernels.kernels, "triton"), kernels.summary),
+    "kernels-cuda": Stage(partial(kernels.kernels, "cuda"), kernels.summary),
     "tuning": Stage(tuning.tune, tuning.summary),
+    "ranking": Stage(ranking.rank, ranking.summary),
     "ops": Stage(ops.ops, ops.summary),
     "backends": Stage(backends.backends, backends.summary),
     "convolutions": Stage(convolutions.convolutions, convolutions.summary),
+    "traffic": Stage(traffic.traffic, traffic.summary),
     "baseline-train-resnet50": Stage(partial(baseline.train, "resnet50"), baseline.summary),
     "baseline-train-resnet18": Stage(partial(baseline.train, "resnet18"), baseline.summary),
+    "baseline-train-small": Stage(baseline.train_small, baseline.summary),
     "baseline-infer": Stage(baseline.infer, baseline.summary),
     "profile": Stage(profile.step_profile, profile.summary),
 }
 # What stands in one file; any other stage has its own.
 JOINED = {
     "machine": ("env", "ceilings"),
-    "correctness": ("suite", "sanitizers", "kernels"),
-    "kernel-times": ("ops", "backends", "convolutions"),
-    "models": ("baseline-train-resnet50", "baseline-train-resnet18", "baseline-infer"),
+    "correctness": ("suite", "sanitizers", "kernels-triton", "kernels-cuda"),
+    "tables": ("tuning", "ranking"),
+    "kernel-times": ("ops", "backends", "convolutions", "traffic"),
+    "models": ("baseline-train-resnet50", "baseline-train-resnet18", "baseline-train-small", "baseline-infer"),
 }
 
 

@@ -54,7 +54,7 @@ def test_every_stage_runs_also_after_one_that_breaks(tmp_path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     statuses = dict(re.findall(r"^== (\S+): (\w+)", done.stdout, re.MULTILINE))
-    assert list(statuses)[:2] == ["raises", "dies"] and len(statuses) == 15
+    assert list(statuses)[:2] == ["raises", "dies"] and len(statuses) == 19
     broken = {name for name, status in statuses.items() if status != "done"}
     assert broken == {"raises", "dies"}, done.stdout + done.stderr
     assert done.returncode == 1
@@ -74,9 +74,11 @@ def test_every_stage_runs_also_after_one_that_breaks(tmp_path) -> None:
     assert "problem: the stage's process ended with status 7" in told["dies"]
     for name, words in {
         "ceilings": "TB/s",
-        "kernels": "right",
+        "kernels-triton": "right",
         "ops": "x compile",
         "tuning": "needs CUDA",
+        "ranking": "needs CUDA",
+        "traffic": "needs CUDA",
         "convolutions": "without triton: Unserved",
     }.items():
         assert words in told[name]
