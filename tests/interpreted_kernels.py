@@ -7,13 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from interpreted import INTERPRETED
 from interpreted_mutants import MUTANTS, POOL_MUTANTS
 from test_bn_act_pool import DTYPES, ORDERS, WINDOWS, require_the_same_as_pooling_the_activation
+from triton.runtime.interpreter import InterpreterBuilder
 
 import fusedres
 from fusedres import numerics, testing
 from fusedres.backends import Statistics, Window
+from fusedres.backends.triton import launch
+from fusedres.backends.triton.arguments import Cut
+from fusedres.backends.triton.masks import _bytes_of
+from fusedres.backends.triton.tiles import offsets_at, offsets_of, place_of
 from fusedres.epilogue import CATALOGUE, Activation
 from fusedres.ops import Norm, affine_act, bn_act, kernels
 
@@ -178,6 +185,83 @@ def test_a_pools_results_have_the_fakes_shapes_and_strides(order: torch.memory_f
         for needs in ([True] * 3, [False] * 3, [True, False, True]):
             saved = (torch.randn_like(y), choice, x, weight, stats, Statistics.BATCH.value, *window, needs)
             torch.library.opcheck(operators.bn_act_pool_backward.default, saved, test_utils=checks)
+
+
+FAR = {  # images, pixels, channels and the order; the first element of the last tile is beyond 2^31
+    "channels_last": (1, 70000 * 1024, 64, True),
+    "images of channels_last": (70000, 1024, 64, True),
+    "contiguous": (70000, 1024, 64, False),
+    "one plane": (1, 2**33, 1, False),
+}
+
+
+@triton.jit
+def far_offsets(offsets_ptr, tile, tiles, pixels, channels, CUT: tl.constexpr):
+    """Of a tile's elements, the same by pixel, and of their mask's bytes."""
+    place = place_of(tile, tiles, 0, pixels, channels, CUT)
+    pixel, channel = tl.arange(0, CUT.block_p), tl.arange(0, CUT.block_c)
+    at = offsets_ptr + pixel[:, None] * CUT.block_c + channel[None, :]
+    tl.store(at, offsets_of(place, CUT))
+    tl.store(at + 64, offsets_at(place.first_pixel + pixel, place, pixels, CUT))
+    offsets, _ = _bytes_of(place, CUT)
+    tl.store(offsets_ptr + 128 + tl.arange(0, 8), tl.reshape(offsets, (8,)))
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_offsets_pass_2_to_the_31(name: str) -> None:
+    images, pixels, channels, channels_last = FAR[name]
+    block = 8  # both ways: 64 elements, and 8 bytes of their mask
+    tiles = images * (pixels // block)
+    cut = Cut(*map(tl.constexpr, (channels_last, tl.float32, block, block, 1, 16)))
+    found = torch.zeros(64 + 64 + 8, dtype=torch.int64)
+    launch.launch(far_offsets, (1,), (found, tiles - 1, tiles, pixels, channels), {"CUT": cut}, 1)
+    pixel, channel = torch.arange(pixels - block, pixels)[:, None], torch.arange(block)[None, :]
+    steps = (channels, 1) if channels_last else (1, pixels)
+    expected = (images - 1) * pixels * channels + pixel * steps[0] + channel * steps[1]
+    assert expected.min() > 2**31
+    for offsets in found[:128].chunk(2):
+        assert torch.equal(offsets.view(block, block), expected)
+    # The rows begin on whole bytes: a byte lies at an eighth of its first element.
+    octets = expected[:, 0] if channels_last else expected[0]
+    assert torch.equal(found[128:], octets // 8)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_second_passes_go_through_memory_backwards(order: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They begin with what the first passes read last, which caches still hold."""
+    stored: list[int] = []
+    store = InterpreterBuilder.create_masked_store
+
+    def watch(builder, pointers, value, mask, *rest) -> None:
+        stored.append(int(pointers.data[mask.data].min()) if mask.data.any() else 0)
+        store(builder, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", watch)
+    channels = 1 if order == torch.contiguous_format else 32  # of one block: others are gone through in between
+    x = torch.randn(16, channels, 64, 64).contiguous(memory_format=order).requires_grad_()
+    y = bn_act(x, Norm(training=True))
+    (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    for t in (y.detach(), dx):
+        inside = [at for at in stored if t.data_ptr() <= at < t.data_ptr() + t.nbytes]
+        assert len(inside) > 8 and inside == sorted(inside, reverse=True)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_fullgraph_compilation_gives_the_same_bits_and_moves_the_statistics_once(order: torch.memory_format) -> None:
+    torch._dynamo.reset()
+    x, r = (torch.randn(2, 5, 4, 4).to(memory_format=order).requires_grad_() for _ in range(2))
+    weight, bias = torch.rand(5, requires_grad=True), torch.rand(5, requires_grad=True)
+
+    def f(x: torch.Tensor, r: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        return bn_act(x, Norm(weight, bias, mean, var, training=True), residual=r)
+
+    found = []
+    for run in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        mean, var = torch.zeros(5), torch.ones(5)
+        y = run(x, r, mean, var)
+        found.append([y, mean, var, *torch.autograd.grad(y.square().sum(), [x, r, weight, bias])])
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(eager, compiled) and eager.stride() == compiled.stride()
 
 
 def mutation_cases() -> list[testing.Case]:
