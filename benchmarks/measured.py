@@ -2,8 +2,8 @@
 
     python benchmarks/measured.py            as `make measured` does
 
-Results are pytest-benchmark's JSON files, `benchmarks/results/<device>/<date>-<what>.json`. In the README, what stands
-between the two MARKERS is replaced.
+Results are pytest-benchmark's JSON files, `benchmarks/results/<device>/<date>-<what>.json`, and the reports of gpu.py.
+In the README, what stands between the two MARKERS is replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import _gpu_page  # noqa: E402
 
 from fusedres.bench import charts  # noqa: E402
 from fusedres.bench.timing import Ratio  # noqa: E402
@@ -148,7 +150,7 @@ def page(found: list[Run]) -> str:
     ]
     for run in found:
         lines += section(run)
-    return "\n".join([*lines, *slower(found)]).rstrip() + "\n"
+    return "\n".join([*lines, *_gpu_page.sections(RESULTS), *slower(found)]).rstrip() + "\n"
 
 
 def section(run: Run) -> Iterator[str]:

@@ -109,3 +109,26 @@ def test_memory_is_told_beside_time_as_far_as_it_was_counted(tmp_path):
     path.write_text(json.dumps({"benchmarks": found}))
     page = measured.page([measured.Run.read(path)])
     assert "| memory policies, a network | ms | peak MB |\n|---|---|---|\n| eager | 500 | 8 |\n" in page
+
+
+def test_the_page_says_that_nothing_was_measured_on_a_gpu_or_what_was(tmp_path):
+    sections = measured._gpu_page.sections
+    assert "Nothing on a GPU." in "\n".join(sections(tmp_path)) and "Nothing on a GPU." in measured.PAGE.read_text()
+    facts = {
+        "device": "cuda",
+        "tiny": False,
+        "device_name": "NVIDIA Imaginary",
+        "torch": "2",
+        "commit": "c",
+        "date": "d",
+    }
+    ops = {**facts, "stage": "ops", "status": "failed", "command": "python gpu.py", "problems": ["too slow"]}
+    tuning = {**facts, "stage": "tuning", "status": "done", "command": "python gpu.py"}
+    (tmp_path / "imaginary").mkdir()
+    (tmp_path / "imaginary" / "kernel-times.json").write_text(json.dumps({"ops": ops}))
+    (tmp_path / "imaginary" / "tuning.json").write_text(json.dumps(tuning))
+    (tmp_path / "imaginary" / "rehearsal.json").write_text(json.dumps({**tuning, "tiny": True, "status": "rehearsed"}))
+    page = "\n".join(sections(tmp_path))
+    assert "Nothing on a GPU." not in page and "rehearsed" not in page
+    assert "## imaginary, ops: failed" in page and "problem: too slow" in page and "bn_act is served by" in page
+    assert "## imaginary, tuning: done" in page and "NVIDIA Imaginary, torch 2, commit c, d, by" in page
