@@ -54,6 +54,7 @@ class Usage:
     wide_stores: int
     stores: int
     single: int  # accesses to one 16-bit element
+    atomics: int  # to memory of any kind
 
     def resident(self, warps: int, capability: int) -> int:
         """Programs that a processor's registers, which come in eights, and its shared memory allow."""
@@ -87,7 +88,8 @@ def usage(cubin: bytes) -> Usage:
     loads, stores = (re.findall(rf"\b{op}\.E\S*", code) for op in ("LDG", "STG"))
     wide_loads, wide_stores = (sum(".128" in name for name in names) for names in (loads, stores))
     spilled, single = numbers["STACK"] + numbers["LOCAL"], sum(".U16" in name for name in loads + stores)
-    counts = wide_loads, len(loads), wide_stores, len(stores), single
+    atomics = len(re.findall(r"\b(?:ATOM|ATOMG|ATOMS|RED|REDG|REDAS)\b", code))
+    counts = wide_loads, len(loads), wide_stores, len(stores), single, atomics
     return Usage(numbers["REG"], spilled, numbers["SHARED"], *counts)
 
 

@@ -33,6 +33,7 @@ EVIDENCE = tuple(
 )
 KINDS = ("plain", "projection", "any")
 ORDERS = ("contiguous", "channels_last")
+FLOAT_ATOMIC = r"\b(?:ATOMG?|ATOMS|REDG?)\.\S*\bB?F\d+"
 MANGLED = re.compile(r"(forward|backward)_kernelILNS\w*?4KindE(\d)E\w*?Li(\d)ELNS\w*?5OrderE(\d)E")
 
 
@@ -44,6 +45,7 @@ class Kernel:
         name: "forward plain, channels_last, packs of 8".
         loads, stores: 128-bit accesses to global memory in its code.
         local: accesses to local memory in its code.
+        float_atomics: atomic additions of floating-point numbers; a grid barrier counts with integers.
     """
 
     element: str
@@ -54,6 +56,7 @@ class Kernel:
     loads: int
     stores: int
     local: int
+    float_atomics: int
 
 
 def cuobjdump() -> str | None:
@@ -100,12 +103,12 @@ def kernels(wanted: Iterable[tuple[str, str]], tool: str) -> Iterator[Kernel]:
             code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", _run(tool, "-sass", cubin), re.DOTALL))
             for function, registers, stack in found:
                 text = code[function]
-                loads, stores, local = (
+                loads, stores, local, atomics = (
                     len(re.findall(pattern, text))
-                    for pattern in (r"\bLDG\.\S*128", r"\bSTG\.\S*128", r"\b(?:LDL|STL)\b")
+                    for pattern in (r"\bLDG\.\S*128", r"\bSTG\.\S*128", r"\b(?:LDL|STL)\b", FLOAT_ATOMIC)
                 )
                 name = describe(function)
-                yield Kernel(element, architecture, name, int(registers), int(stack), loads, stores, local)
+                yield Kernel(element, architecture, name, int(registers), int(stack), loads, stores, local, atomics)
 
 
 def describe(function: str) -> str:

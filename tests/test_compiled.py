@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import compiled
+import triton
+import triton.language as tl
 from compiled import (
     AMD,
     BLOCK_END,
@@ -26,6 +28,9 @@ from compiled import (
     matrix,
     name_of,
 )
+from triton.backends.compiler import GPUTarget
+
+from fusedres.backends.triton import launch
 
 
 def narrow(form: Form) -> int:
@@ -49,7 +54,7 @@ def test_nothing_spills_and_the_planned_programs_fit(form: Form, dtype: torch.dt
     forward = "pool_apply" if form.pools else "apply"
     assert {row.kernel for row in rows} >= {"gradient_sums", "gradient_finish", "gradient_apply", forward}
     for row in rows:
-        assert row.usage.spilled_bytes == 0, row
+        assert row.usage.spilled_bytes == row.usage.atomics == 0, row
         assert row.resident() >= row.planned, row
         if form in SMALL:
             continue
@@ -59,6 +64,20 @@ def test_nothing_spills_and_the_planned_programs_fit(form: Form, dtype: torch.dt
                 assert row.usage.stores - row.usage.wide_stores <= narrow(form), row
         if "apply" in row.kernel and form.aligned and (form.channels_last or not form.pools):
             assert row.usage.wide_stores > 0, row
+
+
+@triton.jit
+def adds_up(x_ptr, sum_ptr, BLOCK: tl.constexpr):
+    tl.atomic_add(sum_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK)), axis=0))
+
+
+def test_an_atomic_is_seen() -> None:
+    """Else the count above could not fail."""
+    found = []
+    x = torch.empty(1024, device="meta")
+    with compiled.compiling(GPUTarget("cuda", 90, 32), 90, lambda kernel, code, warps: found.append(code.asm["cubin"])):
+        launch.launch(adds_up, (1,), (x, x), {"BLOCK": 1024}, 4)
+    assert compiled.usage(found[0]).atomics > 0
 
 
 def test_rows_that_are_not_aligned_have_no_wide_access() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,7 +36,7 @@ def test_machine_code_of_every_kernel() -> None:
         pytest.skip("needs cuobjdump, from the CUDA toolkit or Triton")
     compiled = list(compiled_cuda.kernels(compiled_cuda.EVIDENCE, tool))
     assert {(k.element, k.architecture) for k in compiled} == set(compiled_cuda.EVIDENCE)
-    assert not [k for k in compiled if k.stack or k.local or k.registers > 128]
+    assert not [k for k in compiled if k.stack or k.local or k.float_atomics or k.registers > 128]
 
     packs = [k for k in compiled if k.name.endswith(("packs of 8", "packs of 4"))]
     assert len(packs) == 12 * (len(compiled_cuda.EVIDENCE) - 1)  # all but fp64's
@@ -55,6 +57,32 @@ def test_a_spill_is_an_error(tmp_path: Path) -> None:
     twice_the_threads = (*compiled_cuda.STRICT, "-DFUSEDRES_CUDA_THREADS=1024")
     with pytest.raises(BuildError, match=r"ptxas error *: .*([Ss]pill|[Ll]ocal memory)"):
         compiled_cuda.compile_all([("BFloat16", "90a")], tmp_path, twice_the_threads)
+
+
+ATOMICS = """
+__global__ void of_float(float* sum) { atomicAdd(sum, 1.5f); }
+__global__ void of_double(double* sum, double* old) { *old = atomicAdd(sum, 1.5); }
+__global__ void of_int(int* sum, int* old) { *old = atomicAdd(sum, 1 + threadIdx.x); }
+"""
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["80", "90a", "120"])
+def test_a_float_atomic_is_told_from_a_barriers(tmp_path: Path, architecture: str) -> None:
+    """Else none found in the kernels would mean nothing."""
+    tool = compiled_cuda.cuobjdump()
+    if tool is None:
+        pytest.skip("needs cuobjdump, from the CUDA toolkit or Triton")
+    (tmp_path / "atomics.cu").write_text(ATOMICS)
+    cubin = tmp_path / "atomics.cubin"
+    argv = [word for word in nvcc.find().argv if not word.startswith("-gencode")]
+    subprocess.run([*argv, f"-arch=sm_{architecture}", "-cubin", "-o", cubin, tmp_path / "atomics.cu"], check=True)
+    code = compiled_cuda._run(tool, "-sass", cubin)
+    found = {
+        name: bool(re.search(compiled_cuda.FLOAT_ATOMIC, text))
+        for name, text in re.findall(r"Function : \S*?(of_[a-z]+?)P\S*\n(.*?)(?=Function : |\Z)", code, re.DOTALL)
+    }
+    assert found == {"of_float": True, "of_double": True, "of_int": False}
 
 
 STUB = """
