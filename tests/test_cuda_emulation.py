@@ -124,3 +124,10 @@ def test_shared_cases_stay_within_the_bar() -> None:
     alone = [row for row in rows if row.fails_alone()]
     assert len(rows) > 1000
     assert not alone, "\n".join(map(str, alone[:5]))
+
+
+def test_a_result_that_memory_does_not_hold_is_told_in_eagers_words() -> None:
+    """torch's stable interface passes on that there was an error, and not which."""
+    x = torch.zeros(()).expand(2**23, 1, 2**23)
+    with pytest.raises(RuntimeError, match=f"DefaultCPUAllocator: can't allocate memory for {2**46} elements"):
+        torch.ops.fusedres_emulated.affine_act_forward(x, *[None] * 8, 1, False)

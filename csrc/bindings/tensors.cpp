@@ -10,14 +10,23 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+int64_t elements_of(const std::vector<int64_t>& sizes) {
+  int64_t elements = 1;
+  for (const int64_t size : sizes) elements *= size;
+  return elements;
+}
+
 Tensor empty_strided(const Tensor& like, int32_t dtype, const std::vector<int64_t>& sizes,
                      const std::vector<int64_t>& strides) {
   int32_t device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), dtype, device, like.get_device_index(),
-                                                  &made));
+  // Of an error only its being one comes through: in words by which callers know eager's.
+  STD_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                           dtype, device, like.get_device_index(), &made) == TORCH_SUCCESS,
+                  device == aoti_torch_device_type_cpu() ? "DefaultCPUAllocator: can't allocate memory"
+                                                         : "CUDA out of memory. Can't allocate memory",
+                  " for ", elements_of(sizes), " elements");
   return Tensor(made);
 }
 

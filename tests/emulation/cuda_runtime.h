@@ -58,6 +58,10 @@ struct Grid {
   void* argument;
 };
 
+// What a launch must find: a device guard around it, and the stream that is then current.
+inline thread_local int guards = 0;
+inline char stream = 0;
+
 inline thread_local Grid* grid = nullptr;
 inline thread_local Fibre* current = nullptr;
 inline thread_local int64_t progress = 0;  // barriers reached or left, and ends
@@ -283,6 +287,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     void (*kernel)(P);
     const P& parameters;
   } call{kernel, parameters};
+  if (emulation::guards == 0 || config->stream != &emulation::stream) return cudaErrorInvalidValue;
   const bool cooperative = config->attrs[0].val.cooperative;
   if (cooperative &&
       config->gridDim.x > static_cast<unsigned>(emulation::setting("FUSEDRES_EMULATED_MULTIPROCESSORS", 3)))
