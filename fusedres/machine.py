@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fusedres import build, cache, dispatch
+from fusedres import build, cache, dispatch, host
 from fusedres._version import __version__
 from fusedres.backends import NORM_OPS, Geometry, Request, Statistics
 from fusedres.host import HOST, cpu_name
@@ -130,7 +130,9 @@ def _cuda_library() -> dict[str, object]:
     if isinstance(found, build.Unavailable):
         return {"path": None, "reason": found.reason}
     architectures = re.findall(r",code=(\w+)", build.recorded_compiler(found))
-    return {"path": str(found.path), "origin": found.origin, "compiled_for": architectures}
+    known = host.facts()["cuda"] if torch.cuda.is_available() else None  # None without pybind11 too
+    kernels = {} if known is None else known["devices"]
+    return {"path": str(found.path), "origin": found.origin, "compiled_for": architectures, "kernels": kernels}
 
 
 def _variant(library: build.Library, dtype: torch.dtype) -> str:
@@ -206,7 +208,18 @@ def _library_lines(kind: str, library: dict[str, Any]) -> list[str]:
     chosen = ", ".join(f"{dtype} as {variant}" for dtype, variant in library.get("runs_as", {}).items())
     here = f"; here {chosen}" if chosen else ""
     lines = [f"{kind} library: {library['path']} ({library['origin']})"]
-    return [*lines, f"  compiled for {', '.join(library['compiled_for'])}{here}"]
+    lines += [f"  compiled for {', '.join(library['compiled_for'])}{here}"]
+    for device, kernels in library.get("kernels", {}).items():
+        lines += [f"  {device}", *(f"    {_kernel_words(kernel)}" for kernel in kernels)]
+    return lines
+
+
+def _kernel_words(kernel: dict[str, Any]) -> str:
+    return (
+        f"{kernel['name']}: sm_{kernel['architecture']}, {kernel['registers']} registers, "
+        f"{kernel['blocks_per_multiprocessor']} at a time on a multiprocessor, "
+        f"{kernel['on_chip_bytes'] / 2**20:.1f} MiB of a tensor on chip"
+    )
 
 
 def _backend_lines(backends: list[dict[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 
 import fusedres
 from fusedres import __main__ as entry
-from fusedres import build, cache, cli, commands, dispatch, doctor, machine, times
+from fusedres import build, cache, cli, commands, dispatch, doctor, host, machine, times
 from fusedres.backends import reference
 from fusedres.native_sources import CUDA, NATIVE, VARIANTS
 from fusedres.tuning import kernels
@@ -77,6 +77,14 @@ def test_info_names_the_architectures_of_the_cuda_library(run, monkeypatch, tmp_
     monkeypatch.setitem(build._resolved, CUDA, made)
     assert machine.facts()["cuda_library"]["compiled_for"] == ["sm_90a", "compute_80"]
     assert "CUDA library: " in run("info")[1]
+
+    facts = {"architecture": 90, "registers": 115, "blocks_per_multiprocessor": 1, "on_chip_bytes": 27 << 20}
+    devices = {"cuda:0 NVIDIA Imaginary": [{"name": "forward bfloat16", **facts}]}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(host, "facts", lambda: {"cpu": None, "cuda": {"architectures": ["9.0"], "devices": devices}})
+    assert machine.facts()["cuda_library"]["kernels"] == devices
+    words = "forward bfloat16: sm_90, 115 registers, 1 at a time on a multiprocessor, 27.0 MiB of a tensor on chip"
+    assert f"  cuda:0 NVIDIA Imaginary\n    {words}\n" in run("info")[1]
 
 
 def test_info_knows_the_variant_that_runs(native, run, monkeypatch):

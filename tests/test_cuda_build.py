@@ -162,6 +162,15 @@ def test_a_toolkit_of_another_major_version_is_an_objection_with_the_fix(tmp_pat
     assert cuda.mismatch("12.8", "12.4") is None
 
 
+@pytest.mark.usefixtures("cuda_torch")
+def test_a_library_built_ahead_with_another_major_version_is_an_objection_too(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(build, "_resolved", {CUDA: build.Library(tmp_path / "cuda.so", "built ahead")})
+    monkeypatch.setattr(build, "recorded_compiler", lambda library: "nvcc (release 12.4, g++ 12)")
+    assert cuda.objection(REQUEST) is None
+    monkeypatch.setattr(build, "recorded_compiler", lambda library: "nvcc (release 13.0, g++ 12)")
+    assert "toolkit is 13.0; set CUDA_HOME to a toolkit of CUDA 12" in str(cuda.objection(REQUEST))
+
+
 @pytest.mark.usefixtures("cuda_torch", "home")
 def test_a_missing_or_old_nvcc_is_an_objection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", "/nonexistent")
