@@ -188,6 +188,13 @@ def test_every_instruction_set_equals_the_formula(isa):
     assert run.returncode == 0, run.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_keeps_the_shared_cases_within_the_bar(isa):
+    run = in_process(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_numerics.py", "-k", "native and errors")
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout
+
+
 def test_an_unknown_instruction_set_is_an_error_with_the_choices():
     run = in_process("sse9", "-c", "import torch, fusedres; fusedres.ops.affine_act(torch.ones(2, 1, 2, 2))")
     assert "FUSEDRES_CPU_ISA must be one of portable, avx2, avx512, avx512_bf16, amx; got 'sse9'" in run.stderr
