@@ -32,6 +32,8 @@ from triton.backends.compiler import GPUTarget
 
 from fusedres.backends.triton import launch
 
+PAGE = (Path(__file__).parents[1] / "docs" / "compiled.md").read_text()
+
 
 def narrow(form: Form) -> int:
     """Accesses that a kernel may have to what is narrower than an operand: masks, statistics, a pool's choices."""
@@ -51,6 +53,8 @@ def own_cache(monkeypatch, tmp_path_factory):
 )
 def test_nothing_spills_and_the_planned_programs_fit(form: Form, dtype: torch.dtype, capability: int) -> None:
     rows = compiled.compiled(form, dtype, capability)
+    if f"Triton {triton.__version__}:" in PAGE and form not in SMALL:
+        assert set(compiled.table(form, dtype, rows)) <= set(PAGE.splitlines()), "run `make compiled`"
     forward = "pool_apply" if form.pools else "apply"
     assert {row.kernel for row in rows} >= {"gradient_sums", "gradient_finish", "gradient_apply", forward}
     for row in rows:
