@@ -3,7 +3,7 @@
     python benchmarks/test_memory.py CASE CONTESTANT    the bytes that a process has which does nothing else
 
 Beside the most that torch's allocator held, which a step's tensors explain, stands what such a process took of the
-machine: libraries, kernels' own scratch and malloc's gaps too.
+machine, the median of three: libraries, kernels' own scratch and malloc's gaps too, which differ from run to run.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from fusedres.testing import import_torchvision
 
 resnet = import_torchvision().models.resnet
 BUDGET = 0.5
+_PROCESSES = 3
 # model, batch, height and width
 NETWORKS = (("resnet50", 16, 224), ("resnet18", 16, 224), ("cifar/resnet18", 64, 32))
 
@@ -118,10 +120,14 @@ def resident_bytes(case: str, contestant: str) -> int | None:
         return None
     environment = {name: value for name, value in os.environ.items() if name not in PAGES_KEPT}
     command = [sys.executable, __file__, case, contestant]
-    done = subprocess.run(
-        command, env=environment | {"PYTHONPATH": str(ROOT)}, check=True, stdout=subprocess.PIPE, text=True
-    )
-    return int(done.stdout)
+
+    def run() -> int:
+        done = subprocess.run(
+            command, env=environment | {"PYTHONPATH": str(ROOT)}, check=True, stdout=subprocess.PIPE, text=True
+        )
+        return int(done.stdout)
+
+    return int(median(run() for _ in range(_PROCESSES)))
 
 
 def train_alone(case: str, contestant: str) -> int:
