@@ -31,7 +31,7 @@ os.environ["FUSEDRES_MIN_ELEMENTS"] = "0"
 dispatch.min_elements = 0
 
 # Run by test_triton_interpreted.py in a process of their own, in which kernels are bound to the interpreter.
-collect_ignore = ["interpreted.py", "interpreted_kernels.py", "interpreted_mutants.py"]
+collect_ignore = ["interpreted.py", "interpreted_convolutions.py", "interpreted_kernels.py", "interpreted_mutants.py"]
 
 # What the command line needs comes with the extra `cli`; a machine without it still runs everything else.
 if not all(find_spec(package) for package in ("typer", "rich", "matplotlib")):

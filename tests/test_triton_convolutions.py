@@ -58,7 +58,7 @@ def test_what_was_measured_takes_the_place_of_the_reserve() -> None:
     with dispatch.recording(torch.nn.Identity()) as choices:
         assert dispatch.recorder is not None
         dispatch.recorder.add(FITS, triton.BACKEND, "triton 1 ms, cudnn 2 ms")
-        dispatch.recorder.add(FITS, None, "cudnn 1 ms, triton 2 ms")
+        dispatch.recorder.add(FITS, dispatch.serving(FITS), "cudnn 1 ms, triton 2 ms")
     first, second = choices
     assert first.backend == "triton" and "triton" not in first.objections
     assert second.backend == "cudnn" and second.objections["triton"] == RESERVE
