@@ -134,6 +134,16 @@ class Request(NamedTuple):
     tf32: bool = False  # whether eager may multiply conv_act's float32 as TF32
     size_class: int = 0  # of what a norm's kernels walk on a GPU
 
+    def disagreement(self) -> str | None:
+        """What of a convolution's operands isn't in x's dtype, or not in channels_last, as one sentence."""
+        for name, dtype in (("the weight", self.parameter_dtype), ("the residual", self.residual_dtype)):
+            if dtype not in (None, self.dtype):
+                return f"{name} is {dtype} and x {self.dtype}; convert one of them"
+        for name, order in (("x", self.layout), ("the residual", self.residual_layout)):
+            if order not in (None, "channels_last"):
+                return f"{name} is {order} in memory, and its convolutions are in channels_last; convert it"
+        return None
+
 
 Pack = Callable[[Filter, Geometry, Sequence[int], bool], Filter]
 

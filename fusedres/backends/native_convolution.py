@@ -227,12 +227,9 @@ def objection(request: Request) -> str | None:
         return "x is a tensor subclass, which its operators do not see through"
     if request.dtype not in _DTYPES:
         return f"x is {request.dtype}, and its convolutions are in {' or '.join(map(str, _DTYPES))}; convert it"
-    for name, dtype in (("the weight", request.parameter_dtype), ("the residual", request.residual_dtype)):
-        if dtype not in (None, request.dtype):
-            return f"{name} is {dtype} and x {request.dtype}; convert one of them"
-    for name, order in (("x", request.layout), ("the residual", request.residual_layout)):
-        if order not in (None, "channels_last"):
-            return f"{name} is {order} in memory, and its convolutions are in channels_last; convert it"
+    reason = request.disagreement()
+    if reason is not None:
+        return reason
     if 0 < request.group_outputs < _PANEL:
         return f"its vectors hold {_PANEL} output channels of one group, and a group here has {request.group_outputs}"
     return None

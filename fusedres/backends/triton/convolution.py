@@ -51,12 +51,9 @@ def objection(request: Request) -> str | None:
         return "x is a tensor subclass, or empty"
     if request.dtype not in _DTYPES:
         return f"x is {request.dtype}, and its convolutions are in {', '.join(map(str, _DTYPES))}; convert it"
-    for name, dtype in (("the weight", request.parameter_dtype), ("the residual", request.residual_dtype)):
-        if dtype not in (None, request.dtype):
-            return f"{name} is {dtype} and x {request.dtype}; convert one of them"
-    for name, order in (("x", request.layout), ("the residual", request.residual_layout)):
-        if order not in (None, "channels_last"):
-            return f"{name} is {order} in memory, and its convolutions are in channels_last; convert it"
+    reason = request.disagreement()
+    if reason is not None:
+        return reason
     if request.tf32:
         return (
             "cuDNN may multiply float32 as TF32 here, which the kernel does not; convert x, or ask for float32 with "
