@@ -63,7 +63,15 @@ def test_nan_and_infinity_stay_where_they_belong(described: bool) -> None:
         y = conv_act(x, weight, residual=residual)
     expected = eager(x, weight, None, residual, "relu", {})
     assert y.isnan().any() and y.isinf().any() and torch.equal(y.isnan(), expected.isnan())
-    torch.testing.assert_close(y, expected, equal_nan=True, rtol=2e-3, atol=2e-3)
+    assert torch.equal(y[y.isinf()], expected[expected.isinf()])
+    exact = eager(*(t.double() for t in (x, weight)), None, residual.double(), "relu", {})
+    finite = expected.isfinite()
+    assert (y - exact)[finite].norm() <= 1.1 * (expected - exact)[finite].norm()
+
+
+def is_one_rounding(y: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Whether y is as close as rounding once is; what isn't a number is not."""
+    return bool((y - exact).norm() <= 1.1 * (exact.to(y.dtype) - exact).norm())
 
 
 def test_a_scale_a_wide_bias_and_a_residual_that_is_written_over() -> None:
@@ -73,7 +81,7 @@ def test_a_scale_a_wide_bias_and_a_residual_that_is_written_over() -> None:
     taps = CONVOLUTION.pack(Filter(weight[:, ::1], bias, scale), Geometry(), x.shape, True)
     y = CONVOLUTION.run(x, taps, residual, Geometry(), RELU, True)
     assert y is residual
-    torch.testing.assert_close(y, exact.relu().bfloat16())
+    assert is_one_rounding(y, exact.relu())
 
 
 def test_a_weight_of_any_strides_is_taken() -> None:
@@ -156,7 +164,7 @@ def wrong(case: Case, *, described: bool) -> bool:
         if "outside the tensors of its launch" not in str(error):
             raise
         return True
-    return not torch.allclose(y.double(), exact.relu(), rtol=2e-3, atol=4e-3)
+    return not is_one_rounding(y, exact.relu())
 
 
 def test_the_right_kernel_fails_no_mutation_case() -> None:

@@ -48,7 +48,7 @@ def test_a_row_is_pickled_by_its_name(row: Activation) -> None:
 
 
 def test_triton_has_every_activation_under_its_code() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed")
     stated = importlib.import_module("fusedres.backends.triton.epilogue")
     codes = {name.lower(): value.value for name, value in vars(stated).items() if name.isupper()}
     assert codes == {row.name: row.code for row in CATALOGUE}

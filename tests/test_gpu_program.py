@@ -109,7 +109,7 @@ class Imaginary:
 
 
 def test_tuning_reports_the_table_that_later_stages_use(stage, monkeypatch, tmp_path) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed")
     from fusedres.backends.triton import launch, tuned
     from fusedres.backends.triton.configurations import APPLY, default
     from fusedres.backends.triton.view import View

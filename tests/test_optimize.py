@@ -300,8 +300,13 @@ class Scaled(nn.Module):
         return self.norm(self.conv(x)) * self.scale.view(1, -1, 1, 1) + x
 
 
+def with_attention() -> nn.Module:
+    resnet = pytest.importorskip("timm.models.resnet", reason="timm is not installed")
+    return resnet.BasicBlock(4, 4, attn_layer="se")
+
+
 BESIDE_CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
-    "attention": lambda: pytest.importorskip("timm.models.resnet").BasicBlock(4, 4, attn_layer="se"),
+    "attention": with_attention,
     "gate of channels": Scaled,
     "gate of one value": user_blocks.ReZero,
     "gate of four dimensions": user_blocks.Gated,

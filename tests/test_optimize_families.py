@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import user_blocks
+from eager import FP64_BAR
 from optimized import (
     FP32_SLACK,
     assert_as_accurate,
@@ -33,8 +34,6 @@ import fusedres
 from fusedres.swap import Optimized
 
 timm = pytest.importorskip("timm")
-
-FP64_BAR = 1e-12
 
 
 def basic(*layers: int) -> Callable[[], nn.Module]:

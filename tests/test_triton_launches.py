@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 from fusedres.backends import Statistics
 from fusedres.backends.triton import affine_act, bn_act, bn_act_pool, configurations, launch
