@@ -1,8 +1,9 @@
 """What the compiled libraries are made from, and how: data for whoever builds them.
 
-Every file of KERNELS is compiled once per variant, with `-DFUSEDRES_ISA=<variant>` and the variant's flags; those of
-FLOAT_KERNELS likewise, but not for the variant that serves bfloat16 alone; every other file once. The tile unit's
-variant has the files of TILE_KERNELS alone. All paths are relative to the folder `csrc`.
+Every file of KERNELS and CONVOLUTION_KERNELS is compiled once per variant, with `-DFUSEDRES_ISA=<variant>` and the
+variant's flags; those of FLOAT_KERNELS likewise, but not for variants that serve bfloat16 alone; every other file once.
+The variant that widens has the files of CONVOLUTION_KERNELS alone, the tile unit's those of TILE_KERNELS. All paths are
+relative to the folder `csrc`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ KERNELS = (
     "cpu/pool_apply.cpp",
     "cpu/pool_gradients.cpp",
     "cpu/statistics.cpp",
+)
+CONVOLUTION_KERNELS = (
     "cpu/conv_act.cpp",
     "cpu/conv_block.cpp",
     "cpu/conv_winograd.cpp",
@@ -59,20 +62,23 @@ _X86_VARIANTS = {
     "avx512": _AVX512_FLAGS,
     "avx512_bf16": (*_AVX512_FLAGS, "-mavx512bf16"),
 }
-# Its instructions are in assembly; what they don't do, and all other kernels, are avx512_bf16's.
+# Its instructions are in assembly; other convolutions are avx512_widened's, and all other kernels avx512_bf16's.
 TILE_KERNELS = ("cpu/conv_act.cpp", "cpu/conv_tiles.cpp", "cpu/conv_dweight_tiles.cpp")
-TILE_VARIANTS = {"amx": ("-DFUSEDRES_TILES", "-DFUSEDRES_BESIDE_TILES=avx512_bf16", *_X86_VARIANTS["avx512_bf16"])}
+TILE_VARIANTS = {"amx": ("-DFUSEDRES_TILES", "-DFUSEDRES_BESIDE_TILES=avx512_widened", *_X86_VARIANTS["avx512_bf16"])}
+# Products in float32, and all else as avx512_bf16's.
+WIDENED_VARIANTS = {"avx512_widened": ("-DFUSEDRES_WIDENED", *_X86_VARIANTS["avx512_bf16"])}
 # -O2: without vector instructions unrolling makes the code long and not faster.
 _IS_X86 = platform.machine() in ("x86_64", "AMD64")
 KERNEL_VARIANTS = {"portable": ("-O2",), **(_X86_VARIANTS if _IS_X86 else {})}
-VARIANTS = (*KERNEL_VARIANTS, *(TILE_VARIANTS if _IS_X86 else {}))
+VARIANTS = ("portable", *(("avx2", "avx512", "avx512_widened", "avx512_bf16", "amx") if _IS_X86 else ()))
 _COMPILATIONS = (
     (KERNELS, KERNEL_VARIANTS),
+    (CONVOLUTION_KERNELS, {**KERNEL_VARIANTS, **(WIDENED_VARIANTS if _IS_X86 else {})}),
     (FLOAT_KERNELS, {name: flags for name, flags in KERNEL_VARIANTS.items() if name != "avx512_bf16"}),
     (TILE_KERNELS, TILE_VARIANTS if _IS_X86 else {}),
 )
 
-PLAIN = ("cpu/arena.cpp", "cpu/conv_pack.cpp", "cpu/facts.cpp", "cpu/isa.cpp")
+PLAIN = ("cpu/arena.cpp", "cpu/conv_pack.cpp", "cpu/facts.cpp", "cpu/isa.cpp", "cpu/product_speed.cpp")
 
 # These include torch's headers, those of the stable ABI: every library's, and the CPU library's alone.
 BINDINGS = ("bindings/operands.cpp", "bindings/tensors.cpp")

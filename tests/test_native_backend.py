@@ -188,6 +188,17 @@ def test_every_instruction_set_equals_the_formula(isa):
     assert run.returncode == 0, run.stdout
 
 
+@pytest.mark.parametrize("isa", ["avx512_widened", "avx512_bf16"])
+def test_both_ways_to_multiply_bfloat16_equal_the_formula(isa):
+    """One of them is what this processor is faster with, the other what FUSEDRES_CPU_ISA asks for."""
+    imports = "import torch; from fusedres.backends import native_convolution as native"
+    if in_process(isa, "-c", f"{imports}; print(native.instruction_set(torch.bfloat16))").stdout.strip() != isa:
+        pytest.skip("this processor has no bfloat16 in AVX-512")
+    tests = [name for name in FORMULA_TESTS if name.startswith("test_native_")]
+    run = in_process(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "bfloat16 or bf16")
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_keeps_the_shared_cases_within_the_bar(isa):
@@ -197,7 +208,8 @@ def test_every_instruction_set_keeps_the_shared_cases_within_the_bar(isa):
 
 def test_an_unknown_instruction_set_is_an_error_with_the_choices():
     run = in_process("sse9", "-c", "import torch, fusedres; fusedres.ops.affine_act(torch.ones(2, 1, 2, 2))")
-    assert "FUSEDRES_CPU_ISA must be one of portable, avx2, avx512, avx512_bf16, amx; got 'sse9'" in run.stderr
+    choices = "portable, avx2, avx512, avx512_widened, avx512_bf16, amx"
+    assert f"FUSEDRES_CPU_ISA must be one of {choices}; got 'sse9'" in run.stderr
 
 
 class Mallinfo(ctypes.Structure):

@@ -22,12 +22,13 @@ pytestmark = [
 ]
 
 # What an instruction needs beside SSE2, by a pattern of it, and the variants that may ask for it.
-WIDE = {"avx2", "avx512", "avx512_bf16", "amx"}
+WIDE = {"avx2", "avx512", "avx512_widened", "avx512_bf16", "amx"}
 LIMITED = {
     "AVX": (r"^v", WIDE),
     "fused multiply-add": (r"^vf\w*m(add|sub)", WIDE),
     "AVX-512": (r"%zmm|%k\d|%[xy]mm(1[6-9]|2\d|3[01])", WIDE - {"avx2"}),
-    "bfloat16": (r"^v\w*bf16", {"avx512_bf16", "amx"}),
+    "bfloat16": (r"^v\w*bf16", WIDE - {"avx2", "avx512"}),
+    "products of bfloat16": (r"^vdp\w*bf16", {"avx512_bf16"}),
     "tiles": (r"^(tile|tdp|ldtile|sttile)", {"amx"}),
 }
 STREAMS = re.compile(r"^vmovnt")

@@ -14,7 +14,15 @@ import torch
 from fusedres import build
 from fusedres.backends import native_training  # noqa: F401  (defines the operators of a training step)
 from fusedres.backends.native_convolution import SCHEMAS
-from fusedres.native_sources import BINDINGS, COMMON_FLAGS, CSRC, FLOAT_KERNELS, KERNELS, TILE_KERNELS, convolutions
+from fusedres.native_sources import (
+    BINDINGS,
+    COMMON_FLAGS,
+    CONVOLUTION_KERNELS,
+    CSRC,
+    FLOAT_KERNELS,
+    TILE_KERNELS,
+    convolutions,
+)
 from fusedres.native_sources import KERNEL_VARIANTS as VECTOR_VARIANTS
 from fusedres.target import Source, Target
 
@@ -30,7 +38,7 @@ def _vector_flags() -> tuple[str, ...]:
 @cache
 def target() -> Target:
     emulated = (*_EMULATED, *_vector_flags())
-    beside = [path for path in (*KERNELS, *FLOAT_KERNELS) if path.startswith("cpu/conv_")]
+    beside = (*CONVOLUTION_KERNELS, *FLOAT_KERNELS)
     return Target(
         "tiles",
         CSRC,

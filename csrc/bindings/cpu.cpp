@@ -11,6 +11,8 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int
                               [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
 void run(const AffineActForward& op, const Tensor&) { variant_for(op.dtype).affine_act_forward(op); }
 void run(const AffineActBackward& op, const Tensor&) { variant_for(op.dtype).affine_act_backward(op); }
 void run(const BnActForward& op, const Tensor&) { variant_for(op.dtype).bn_act_forward(op); }

@@ -1,4 +1,5 @@
 #include "conv_act.h"
+#include "pieces.h"
 
 #if defined(FUSEDRES_TILES)
 #include "isa.h"
@@ -31,8 +32,10 @@ constexpr int64_t kFewestPixels = 96, kMostPixels = 480;
 constexpr int64_t kKeptBytes = int64_t{8} << 10;  // of a block's weights, which the first-level cache keeps
 
 // Large enough that weights are read seldom, small enough that x stays in the second-level cache.
+template <class T>
 int64_t tile_pixels(const ConvAct& op, int64_t pixels) {
-  const int64_t bytes = op.inputs * op.rows.stride * op.columns.stride * size_of(op.dtype);
+  const int64_t bytes = kWidens<T> ? WidenedTile<T>::bytes(op)
+                                   : op.inputs * op.rows.stride * op.columns.stride * size_of(op.dtype);
   const int64_t most = maximum(kFewestPixels, minimum(kMostPixels, kTileBytes / bytes));
   const int64_t tiles = maximum<int64_t>(1, (pixels + most / 2) / most);
   return ceil_div(ceil_div(pixels, tiles), kRows) * kRows;
@@ -170,24 +173,26 @@ void ConvTile<T>::compute(int64_t group, int64_t block, const T* weights, const 
 }
 
 // Tile by tile of y's pixels, each with all channels: x stays in the second-level cache, and from there or
-// the one below comes a block of weights per tile. Both are cut between threads.
+// the one below comes a block of weights per tile. Threads share both.
 template <class T>
 void conv_direct(const ConvAct& op) {
   const ConvWeights weights = weights_of(op);
   const int64_t pixels = op.images * op.rows.outputs * op.columns.outputs;
-  const int64_t tile = tile_pixels(op, pixels), blocks = op.groups * weights.blocks();
+  const int64_t tile = tile_pixels<T>(op, pixels), blocks = op.groups * weights.blocks();
   const bool fetches = weights.direct(0, 1) * size_of(op.dtype) > kKeptBytes;
   auto weights_at = [&](int64_t block) {
     return static_cast<const T*>(op.weights) +
            weights.direct(block / weights.blocks(), block % weights.blocks());
   };
-  parallel(ceil_div(pixels, tile) * blocks, tile * weights.depth(), [&](int64_t begin, int64_t end) {
+  share_out(ceil_div(pixels, tile) * blocks, tile * weights.depth(), [&](Pieces::Taker& pieces) {
     Arena arena;
-    ConvTile<T> at(op, tile, arena);
-    for (int64_t i = begin; i < end; ++i) {
+    TileOf<T> at(op, tile, arena);
+    int64_t placed = -1;
+    for (int64_t i = pieces.next(); i >= 0; i = pieces.next()) {
       const int64_t first = i / blocks * tile, block = i % blocks;
-      if (i == begin || block == 0) at.place(first, minimum(tile, pixels - first));
-      const T* const next = fetches && i + 1 < end ? weights_at((i + 1) % blocks) : nullptr;
+      if (first != placed) at.place(first, minimum(tile, pixels - first));
+      placed = first;
+      const T* const next = fetches ? weights_at((i + 1) % blocks) : nullptr;
       at.compute(block / weights.blocks(), block % weights.blocks(), weights_at(block), next);
     }
   });
@@ -211,7 +216,9 @@ void conv_act_of(const ConvAct& op) {
 }
 
 template class ConvTile<float>;
+#if defined(__AVX512BF16__) && !defined(FUSEDRES_WIDENED)
 template class ConvTile<BFloat16>;
+#endif
 
 void conv_act(const ConvAct& op) {
   if (op.images == 0) return;

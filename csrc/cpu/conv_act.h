@@ -1,28 +1,11 @@
 // conv_act's forms for one instruction set.
 #pragma once
 
-#include "conv_block.h"
+#include <type_traits>
+
+#include "conv_widened.h"
 
 namespace fusedres::FUSEDRES_ISA {
-
-inline ConvWeights weights_of(const ConvAct& op) {
-  return {op.dtype,          op.groups, op.inputs / op.groups, op.outputs / op.groups, op.rows.kernel,
-          op.columns.kernel, op.tile};
-}
-
-// The result of a block of channels of y's pixels from `pixel` on.
-template <class T>
-ConvResult<T> result_of(const ConvAct& op, int64_t pixel, int64_t group, int64_t block) {
-  const int64_t outputs = op.outputs / op.groups, within = block * ConvWeights::kWidth;
-  const int64_t channel = group * outputs + within, at = pixel * op.outputs + channel;
-  return {op.bias ? op.bias + channel : nullptr,
-          op.residual ? static_cast<const T*>(op.residual) + at : nullptr,
-          static_cast<T*>(op.y) + at,
-          op.outputs,
-          minimum(ConvWeights::kWidth, outputs - within),
-          static_cast<Act>(op.act),
-          op.scale ? op.scale + channel : nullptr};
-}
 
 // Neighbouring pixels of y, across rows and images, and where the windows' values lie that they are made of.
 //
@@ -60,6 +43,10 @@ class ConvTile {
   int64_t pixel_ = 0;
   int64_t count_ = 0;
 };
+
+// Where the products take x as it is, and where they don't.
+template <class T>
+using TileOf = std::conditional_t<kWidens<T>, WidenedTile<T>, ConvTile<T>>;
 
 template <class T>
 void conv_direct(const ConvAct& op);

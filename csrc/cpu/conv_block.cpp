@@ -3,7 +3,6 @@
 #include <type_traits>
 
 #include "activation.h"
-#include "conv_product.h"
 
 namespace fusedres::FUSEDRES_ISA {
 namespace {
@@ -145,13 +144,15 @@ void multiply(const ConvRows<T>& from, const T* weights, int64_t block_width, co
   Vec<float> sums[kCount][kVectors] = {};
   const int64_t whole = from.run / P::kInputs * P::kInputs;
   for (int64_t tap = 0; tap < from.taps; ++tap) {
-    const T* x[kCount];
+    const Value<T>* x[kCount];
 #pragma GCC unroll 16
     for (int row = 0; row < kCount; ++row) x[row] = from.begin[tap * from.pitch + row] + from.offset;
-    const T* const* const next = from.begin + tap * from.pitch + kCount;
+    const Value<T>* const* const next = from.begin + tap * from.pitch + kCount;
     for (int64_t k = 0; k < whole;) {
 #pragma GCC unroll 16
-      for (int row = 0; row < kCount; ++row) __builtin_prefetch(next[row] + from.offset + k);
+      for (int row = 0; row < kCount; ++row)
+        for (int64_t i = 0; i < kLine; i += kLineBytes / int64_t{sizeof(Value<T>)})
+          __builtin_prefetch(next[row] + from.offset + k + i);
       if (ahead.weights) {
         for (int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(ahead.weights + i * kLine);
         ahead.weights += width * kLine;

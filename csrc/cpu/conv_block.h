@@ -2,6 +2,7 @@
 // weights.
 #pragma once
 
+#include "conv_product.h"
 #include "conv_weights.h"
 #include "walk.h"
 
@@ -22,7 +23,7 @@ constexpr int kRows = 2;
 // Row r is the values [begin[tap * pitch + r] + offset, ... + run) of every tap in turn.
 template <class T>
 struct ConvRows {
-  const T* const* begin;
+  const Value<T>* const* begin;
   int64_t pitch;
   int64_t offset;
   int64_t taps;

@@ -12,7 +12,7 @@ constexpr int64_t kMostFloats = 64;
 constexpr int64_t kMostFloats = 32;
 #endif
 template <class T>
-constexpr int64_t kMostSteps = sizeof(T) == sizeof(float) ? kMostFloats : 160;
+constexpr int64_t kMostSteps = sizeof(Value<T>) == sizeof(float) ? kMostFloats : 160;
 constexpr int64_t kBlockRows = 128;  // outputs of a block of dweight
 
 // dweight[o][tap][i] = the sum over pixels p of dy[p][o] * x[what p's window sees at the tap][i]
@@ -88,7 +88,7 @@ class Direct {
     int64_t rows, columns;
   };
 
-  FUSEDRES_INLINE void add_product(const Steps<T>& dy, const Steps<T>& x, int64_t steps,
+  FUSEDRES_INLINE void add_product(const Steps<Value<T>>& dy, const Steps<Value<T>>& x, int64_t steps,
                                    const Ahead<T>& ahead, int64_t slice, bool fresh, const Sums& to) const {
     for (int64_t row = 0; row < minimum<int64_t>(to.rows, kSumRows); ++row)
       for (int64_t column = 0; column < minimum(to.columns, kSumColumns); column += kPanel)

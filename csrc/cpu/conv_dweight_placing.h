@@ -1,6 +1,6 @@
-// The operands of conv_dweight's direct form. A step is a pixel of dy, in bfloat16 two neighbouring ones,
-// across rows and images, and what their windows see of x; a point is a tap of the window. Where there are
-// few inputs the whole window is one point, and a tap is one of its rows.
+// The operands of conv_dweight's direct form. A step is a pixel of dy, where bfloat16 is multiplied as such
+// two neighbouring ones, across rows and images, and what their windows see of x; a point is a tap of the
+// window. Where there are few inputs the whole window is one point, and a tap is one of its rows.
 #pragma once
 
 #include "conv_dweight.h"
@@ -22,7 +22,8 @@ struct Ahead {
 
 template <class T>
 class Placing {
-  static constexpr int64_t kPixels = Product<T>::kInputs;  // of a step
+  using V = Value<T>;
+  static constexpr int64_t kPixels = Product<V>::kInputs;  // of a step
 
  public:
   explicit Placing(const ConvDweight& op)
@@ -41,13 +42,13 @@ class Placing {
 
   // Room for so many steps.
   struct Operands {
-    Panels<T> x, dy;
+    Panels<V> x, dy;
     const T* zeros;
   };
   Operands operands(int64_t steps, Arena& arena) const {
     Operands to{{channels(), steps, flat_, nullptr}, {op_.outputs, steps, false, nullptr}, nullptr};
-    to.x.begin = arena.take<T>(points() * to.x.point());
-    to.dy.begin = arena.take<T>(to.dy.point());
+    to.x.begin = arena.take<V>(points() * to.x.point());
+    to.dy.begin = arena.take<V>(to.dy.point());
     const int64_t most = maximum(values_, op_.outputs);
     auto* const zeros = arena.take<T>(most);
     for (int64_t i = 0; i < most; ++i) zeros[i] = {};
@@ -69,7 +70,7 @@ class Placing {
         windows[i] = window_of(next);
       }
       place_step(from, op_.outputs, to.dy.at(0, 0, step), to.dy.panel());
-      T* at = to.x.at(0, 0, step);
+      V* at = to.x.at(0, 0, step);
       for (int64_t i = 0; i < op_.rows.kernel; ++i)
         for (int64_t j = 0; j < op_.columns.kernel;
              j += across_, at += flat_ ? kPixels * values_ : to.x.point()) {
@@ -153,7 +154,7 @@ class Placing {
 
   // Each channel's values of a step's pixels side by side, in panels. What fills up the last panel is
   // multiplied, and not stored.
-  FUSEDRES_INLINE static void place_step(const T* const* from, int64_t count, T* to, int64_t panel) {
+  FUSEDRES_INLINE static void place_step(const T* const* from, int64_t count, V* to, int64_t panel) {
     constexpr int64_t kLanes = Vec<float>::kLanes;
     auto place = [&](int64_t i, auto lanes) FUSEDRES_INLINE_LAMBDA {
       store(reinterpret_cast<float*>(to + i % kPanel * kPixels), side_by_side(from, i, lanes), lanes);
@@ -164,13 +165,14 @@ class Placing {
   }
 
   template <class Lanes>
-  FUSEDRES_INLINE static Vec<float> side_by_side(const float* const* from, int64_t i, Lanes lanes) {
-    return load(from[0] + i, lanes);
-  }
-  template <class Lanes>
-  FUSEDRES_INLINE static Vec<float> side_by_side(const BFloat16* const* from, int64_t i, Lanes lanes) {
-    const Words low = bit_cast<Words>(load(from[0] + i, lanes).v) >> 16;
-    return {bit_cast<Vec<float>::Native>(low | bit_cast<Words>(load(from[1] + i, lanes).v))};
+  FUSEDRES_INLINE static Vec<float> side_by_side(const T* const* from, int64_t i, Lanes lanes) {
+    const Vec<float> one = load(from[0] + i, lanes);
+    if constexpr (kPixels == 1) {
+      return one;
+    } else {
+      const Words low = bit_cast<Words>(one.v) >> 16;
+      return {bit_cast<Vec<float>::Native>(low | bit_cast<Words>(load(from[1] + i, lanes).v))};
+    }
   }
 
   const ConvDweight& op_;

@@ -1,6 +1,7 @@
 #include "activation.h"
 #include "conv_act.h"
 #include "conv_repack.h"
+#include "pieces.h"
 
 namespace fusedres::FUSEDRES_ISA {
 namespace {
@@ -265,7 +266,7 @@ class Patch {
   float* transformed_;     // (points, tiles, inputs)
   float* products_;        // (points, tiles, kWidth)
   const float** begin_;    // (tiles,)
-  mutable ConvTile<T> again_;
+  mutable TileOf<T> again_;
   int64_t first_ = 0;
   int64_t count_ = 0;
 };
@@ -276,13 +277,19 @@ void winograd(const ConvAct& op) {
   const Tiles tiles(op);
   const int64_t blocks = weights_of(op).blocks(),
                 most = tiles_at_once(tiles, kPoints, op.inputs, Points::kFresh);
-  parallel(ceil_div(tiles.count, most) * blocks, most * kPoints * op.inputs, [&](int64_t begin, int64_t end) {
+  share_out(ceil_div(tiles.count, most) * blocks, most * kPoints * op.inputs, [&](Pieces::Taker& pieces) {
     Arena arena;
     Patch<T, kTile, Points> patch(op, most, arena);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i / blocks * most, block = i % blocks;
-      if (i == begin || block == 0) patch.place(first, minimum(most, tiles.count - first));
-      patch.compute(block, i - begin < blocks);
+    int64_t placed = -1;
+    bool is_first = true;
+    for (int64_t i = pieces.next(); i >= 0; i = pieces.next()) {
+      const int64_t first = i / blocks * most;
+      if (first != placed) {
+        is_first = placed < 0;
+        patch.place(first, minimum(most, tiles.count - first));
+      }
+      placed = first;
+      patch.compute(i % blocks, is_first);
     }
   });
 }

@@ -31,58 +31,58 @@ bool has_tiles() {
 #endif
 }
 
-#define FUSEDRES_VARIANT(name, isa, conv_act, training, supported, serves) \
-  {name,                                                                   \
-   supported,                                                              \
-   serves,                                                                 \
-   isa::affine_act_forward,                                                \
-   isa::affine_act_backward,                                               \
-   isa::bn_act_forward,                                                    \
-   isa::bn_act_backward,                                                   \
-   isa::bn_act_pool_forward,                                               \
-   isa::bn_act_pool_backward,                                              \
-   isa::max_pool,                                                          \
-   conv_act,                                                               \
-   training(isa)}
+#if defined(__x86_64__)
 
-#define FUSEDRES_TRAINING(isa) isa::conv_repack, isa::conv_dweight
-#define FUSEDRES_NO_REPACK(isa) nullptr, isa::conv_dweight
-#define FUSEDRES_TILE_TRAINING(isa) nullptr, amx::conv_dweight
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_pairs() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+#endif
+
+#define FUSEDRES_VARIANT(name, isa, convolutions, repack, supported, serves, pays) \
+  {name,                                                                           \
+   supported,                                                                      \
+   serves,                                                                         \
+   pays,                                                                           \
+   isa::affine_act_forward,                                                        \
+   isa::affine_act_backward,                                                       \
+   isa::bn_act_forward,                                                            \
+   isa::bn_act_backward,                                                           \
+   isa::bn_act_pool_forward,                                                       \
+   isa::bn_act_pool_backward,                                                      \
+   isa::max_pool,                                                                  \
+   convolutions::conv_act,                                                         \
+   repack,                                                                         \
+   convolutions::conv_dweight}
+
+bool always() { return true; }
+bool serves_all(DType) { return true; }
+bool serves_floats(DType dtype) { return dtype != DType::kFloat64; }
+bool serves_bfloat16(DType dtype) { return dtype == DType::kBFloat16; }
 
 const Variant kVariants[] = {
-    FUSEDRES_VARIANT(
-        "portable", portable, portable::conv_act, FUSEDRES_TRAINING, [] { return true; },
-        [](DType) { return true; }),
+    FUSEDRES_VARIANT("portable", portable, portable, portable::conv_repack, always, serves_all, always),
 #if defined(__x86_64__)
     FUSEDRES_VARIANT(
-        "avx2", avx2, avx2::conv_act, FUSEDRES_TRAINING,
+        "avx2", avx2, avx2, avx2::conv_repack,
         [] {
           return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                  __builtin_cpu_supports("f16c");
         },
-        [](DType dtype) { return dtype != DType::kFloat64; }),
+        serves_floats, always),
+    FUSEDRES_VARIANT("avx512", avx512, avx512, avx512::conv_repack, has_avx512, serves_floats, always),
+    FUSEDRES_VARIANT("avx512_widened", avx512_bf16, avx512_widened, nullptr, has_pairs, serves_bfloat16,
+                     always),
+    FUSEDRES_VARIANT("avx512_bf16", avx512_bf16, avx512_bf16, nullptr, has_pairs, serves_bfloat16,
+                     avx512_bf16::pairs_pay),
     FUSEDRES_VARIANT(
-        "avx512", avx512, avx512::conv_act, FUSEDRES_TRAINING,
-        [] {
-          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-        },
-        [](DType dtype) { return dtype != DType::kFloat64; }),
-    FUSEDRES_VARIANT(
-        "avx512_bf16", avx512_bf16, avx512_bf16::conv_act, FUSEDRES_NO_REPACK,
-        [] { return kVariants[2].supported() && __builtin_cpu_supports("avx512bf16"); },
-        [](DType dtype) { return dtype == DType::kBFloat16; }),
-    FUSEDRES_VARIANT(
-        "amx", avx512_bf16, amx::conv_act, FUSEDRES_TILE_TRAINING,
-        [] { return kVariants[3].supported() && has_tiles(); },
-        [](DType dtype) { return dtype == DType::kBFloat16; }),
+        "amx", avx512_bf16, amx, nullptr, [] { return has_pairs() && has_tiles(); }, serves_bfloat16, always),
 #endif
 };
 constexpr int kCount = sizeof kVariants / sizeof kVariants[0];
 #undef FUSEDRES_VARIANT
-#undef FUSEDRES_TRAINING
-#undef FUSEDRES_NO_REPACK
-#undef FUSEDRES_TILE_TRAINING
 
 // The index of the variant that FUSEDRES_CPU_ISA names, the last one if it is unset.
 int find_cap() {
@@ -102,8 +102,11 @@ Variants variants() { return {kVariants, kCount}; }
 
 const Variant& variant_for(DType dtype) {
   static const int cap = find_cap();
+  auto fits = [&](const Variant& variant) {
+    return variant.serves(dtype) && variant.supported() && (&variant == kVariants + cap || variant.pays());
+  };
   int i = cap;
-  while (!kVariants[i].serves(dtype) || !kVariants[i].supported()) --i;
+  while (!fits(kVariants[i])) --i;
   return kVariants[i];
 }
 

@@ -26,11 +26,22 @@ FUSEDRES_DECLARE_VARIANT(avx512_bf16)
 #endif
 #undef FUSEDRES_DECLARE_VARIANT
 
-// The tile unit has convolutions alone.
-namespace fusedres::amx {
-void conv_act(const ConvAct& op);
-bool conv_dweight(const ConvDweight& op);
-}  // namespace fusedres::amx
+// These have convolutions alone: products in float32 where avx512_bf16's are slower, and the tile unit.
+#define FUSEDRES_DECLARE_CONVOLUTIONS(isa)  \
+  namespace fusedres::isa {                 \
+  void conv_act(const ConvAct& op);         \
+  bool conv_dweight(const ConvDweight& op); \
+  }
+
+FUSEDRES_DECLARE_CONVOLUTIONS(avx512_widened)
+FUSEDRES_DECLARE_CONVOLUTIONS(amx)
+#undef FUSEDRES_DECLARE_CONVOLUTIONS
+
+namespace fusedres::avx512_bf16 {
+// Whether an instruction that multiplies pairs of bfloat16 takes less than two that multiply float32: it
+// takes as long as one on some processors, as four on others. Measured once, in 0.1 ms.
+bool pairs_pay();
+}  // namespace fusedres::avx512_bf16
 
 namespace fusedres {
 
@@ -38,6 +49,7 @@ struct Variant {
   const char* name;
   bool (*supported)();          // by this machine, and permitted by its system
   bool (*serves)(DType dtype);  // was compiled for it
+  bool (*pays)();               // is faster than the one before, on this machine
   void (*affine_act_forward)(const AffineActForward& op);
   void (*affine_act_backward)(const AffineActBackward& op);
   void (*bn_act_forward)(const BnActForward& op);
@@ -58,8 +70,9 @@ struct Variants {
 // From the plainest to the most demanding.
 Variants variants();
 
-// The most demanding variant that the machine supports, FUSEDRES_CPU_ISA allows and the data type has. A bad
-// value of FUSEDRES_CPU_ISA throws std::invalid_argument with the choices.
+// The most demanding variant that the machine supports, FUSEDRES_CPU_ISA allows and the data type has, and
+// that pays or is the one that FUSEDRES_CPU_ISA names. A bad value of it throws std::invalid_argument with
+// the choices.
 const Variant& variant_for(DType dtype);
 
 }  // namespace fusedres

@@ -1,4 +1,4 @@
-// The thread pool and the scratch memory that the kernels are given: torch's in the library, anything in a
+// The threads and the scratch memory that the kernels are given: torch's in the library, anything in a
 // test driver.
 #pragma once
 
@@ -10,6 +10,9 @@ namespace fusedres {
 // body(context, begin, end) over disjoint ranges that cover [0, count), none shorter than `grain` but the
 // last.
 void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
+
+// How many threads parallel_for works with here.
+int64_t thread_count();
 
 // Scratch of the calling thread, 64-byte aligned, valid until the Arena that gave it is gone; kept for the
 // next one. One that is made while another is there goes before it.

@@ -17,9 +17,11 @@
 
 namespace fusedres {
 
-// Up to three threads with a share each.
+int64_t thread_count() { return 3; }
+
+// Up to so many threads with a share each.
 void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-  const int64_t share = std::max(grain, (count + 2) / 3);
+  const int64_t share = std::max(grain, (count + thread_count() - 1) / thread_count());
   std::vector<std::thread> threads;
   for (int64_t begin = 0; begin < count; begin += share)
     threads.emplace_back(body, context, begin, std::min(begin + share, count));

@@ -11,6 +11,8 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int
                               [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
 const Variant& variant_for(DType) {
   static const Variant variant = [] {
     Variant emulated{};
