@@ -217,6 +217,28 @@ struct MaxPool {
   void* y;  // (N, S', C) T
 };
 
+// y = the mean of x's pixels
+struct Mean {
+  int64_t images;
+  int64_t pixels;
+  int64_t channels;
+  DType dtype;    // float32 or bfloat16
+  DType y_dtype;  // the same, or float32
+  const void* x;  // (N, S, C) T
+  void* y;        // (N, C)
+};
+
+// y = x weight^T + bias
+struct Connect {
+  int64_t images;
+  int64_t inputs;
+  int64_t outputs;
+  const float* x;      // (N, I)
+  const void* weight;  // (O, I) bfloat16
+  const float* bias;   // (O,), or null
+  void* y;             // (N, O) bfloat16
+};
+
 // y = act(conv(x, weight) * scale + bias + residual), all in channels_last
 struct ConvAct {
   int64_t images;

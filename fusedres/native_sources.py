@@ -34,6 +34,7 @@ KERNELS = (
     "cpu/bn_act_pool.cpp",
     "cpu/gradient_apply.cpp",
     "cpu/gradient_sums.cpp",
+    "cpu/head.cpp",
     "cpu/max_pool.cpp",
     "cpu/pool_apply.cpp",
     "cpu/pool_gradients.cpp",
@@ -82,7 +83,7 @@ PLAIN = ("cpu/arena.cpp", "cpu/conv_pack.cpp", "cpu/facts.cpp", "cpu/isa.cpp", "
 
 # These include torch's headers, those of the stable ABI: every library's, and the CPU library's alone.
 BINDINGS = ("bindings/operands.cpp", "bindings/tensors.cpp")
-CPU_BINDINGS = ("bindings/bn_act_pool.cpp", "bindings/cpu.cpp", "bindings/max_pool.cpp")
+CPU_BINDINGS = ("bindings/bn_act_pool.cpp", "bindings/cpu.cpp", "bindings/head.cpp", "bindings/max_pool.cpp")
 CONVOLUTIONS = ("bindings/conv_act.cpp", "bindings/conv_dweight.cpp", "bindings/conv_training.cpp")
 
 CUDA_FLAGS = ("-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra")

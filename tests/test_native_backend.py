@@ -174,6 +174,7 @@ FORMULA_TESTS = (
     "test_native_training_bf16.py",
     "test_native_dweight.py",
     "test_max_pool.py",
+    "test_head.py",
 )
 POOL_TESTS = (
     "test_the_result_is_that_of_pooling_the_activation",

@@ -1,5 +1,6 @@
 #include "conv_dweight_groups.h"
 #include "conv_dweight_placing.h"
+#include "pieces.h"
 
 namespace fusedres::FUSEDRES_ISA {
 namespace {
@@ -39,14 +40,13 @@ class Direct {
   void run() const {
     Arena arena;
     const Groups groups(groups_, size_, op_.dweight, arena);
-    auto sum_up = [&](int64_t begin, int64_t end) {
-      for (int64_t group = begin; group < end; ++group)
-        add_runs(group * runs_ / groups_, (group + 1) * runs_ / groups_, groups.at(group));
+    auto sum_up = [&](int64_t group) {
+      add_runs(group * runs_ / groups_, (group + 1) * runs_ / groups_, groups.at(group));
     };
     if (groups_ < op_.threads)
-      sum_up(0, groups_);
+      for (int64_t group = 0; group < groups_; ++group) sum_up(group);
     else
-      parallel(groups_, size_ * length_, sum_up);
+      for_each_piece(groups_, size_ * length_, sum_up);
     groups.add_up();
   }
 
@@ -59,27 +59,25 @@ class Direct {
     for (int64_t run = first; run < last; ++run) {
       parallel(steps_of(run), stride_ + op_.outputs,
                [&](int64_t begin, int64_t end) { placing_.place(operands, run * length_, begin, end); });
-      parallel(blocks_, kBlockRows * kSumColumns * length_,
-               [&](int64_t begin, int64_t end) { compute(operands, run, begin, end, run == first, sums); });
+      const int64_t slices = blocks_of_x_ * ceil_div(op_.outputs, kSumRows);
+      const Ahead<T> ahead = placing_.ahead((run + 1) * length_, length_, slices);
+      for_each_piece(blocks_, kBlockRows * kSumColumns * length_,
+                     [&](int64_t block) { compute(operands, run, block, ahead, run == first, sums); });
     }
   }
 
-  // What a run adds to blocks [begin, end) of dweight, while the next one comes into the cache.
-  void compute(const typename Placing<T>::Operands& from, int64_t run, int64_t begin, int64_t end, bool fresh,
-               float* dweight) const {
-    const int64_t slices = blocks_of_x_ * ceil_div(op_.outputs, kSumRows);
-    const Ahead<T> ahead = placing_.ahead((run + 1) * length_, length_, slices);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t of_x = block % blocks_of_x_, first = block / blocks_of_x_ * kBlockRows;
-      const int64_t point = of_x / blocks_of_channels_, input = of_x % blocks_of_channels_ * kSumColumns;
-      const int64_t last = minimum(first + kBlockRows, op_.outputs);
-      int64_t slice = (first * blocks_of_x_ + (last - first) * of_x) / kSumRows;
-      for (int64_t output = first; output < last; output += kSumRows, ++slice)
-        add_product(from.dy.from(0, output, 0), from.x.from(point, input, 0), steps_of(run), ahead, slice,
-                    fresh,
-                    {dweight + output * stride_ + point * placing_.channels() + input, last - output,
-                     placing_.channels() - input});
-    }
+  // What a run adds to a block of dweight, while the next one comes into the cache.
+  void compute(const typename Placing<T>::Operands& from, int64_t run, int64_t block, const Ahead<T>& ahead,
+               bool fresh, float* dweight) const {
+    const int64_t of_x = block % blocks_of_x_, first = block / blocks_of_x_ * kBlockRows;
+    const int64_t point = of_x / blocks_of_channels_, input = of_x % blocks_of_channels_ * kSumColumns;
+    const int64_t last = minimum(first + kBlockRows, op_.outputs);
+    int64_t slice = (first * blocks_of_x_ + (last - first) * of_x) / kSumRows;
+    for (int64_t output = first; output < last; output += kSumRows, ++slice)
+      add_product(from.dy.from(0, output, 0), from.x.from(point, input, 0), steps_of(run), ahead, slice,
+                  fresh,
+                  {dweight + output * stride_ + point * placing_.channels() + input, last - output,
+                   placing_.channels() - input});
   }
 
   // Of dweight, from some place on.

@@ -2,6 +2,7 @@
 
 #include "conv_dweight.h"
 #include "conv_dweight_groups.h"
+#include "pieces.h"
 #include "winograd.h"
 
 namespace fusedres::FUSEDRES_ISA {
@@ -52,11 +53,10 @@ class Dweight {
   bool run() {
     Arena arena;
     const Groups groups(groups_, size_, op_.dweight, arena);
-    parallel(groups_ * parts(), size_ * tiles_, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end && finite_; ++i) {
-        const int64_t group = i / parts(), part = i % parts();
+    for_each_piece(groups_ * parts(), size_ * tiles_, [&](int64_t piece) {
+      const int64_t group = piece / parts(), part = piece % parts();
+      if (finite_)
         add_part(group, part / parts_of_x() * outputs_, part % parts_of_x() * inputs_, groups.at(group));
-      }
     });
     groups.add_up();
     return finite_;

@@ -53,6 +53,8 @@ bool has_pairs() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); 
    isa::bn_act_pool_forward,                                                       \
    isa::bn_act_pool_backward,                                                      \
    isa::max_pool,                                                                  \
+   isa::mean,                                                                      \
+   isa::connect,                                                                   \
    convolutions::conv_act,                                                         \
    repack,                                                                         \
    convolutions::conv_dweight}

@@ -13,6 +13,8 @@
   void bn_act_pool_forward(const BnActPoolForward& op);   \
   void bn_act_pool_backward(const BnActPoolBackward& op); \
   void max_pool(const MaxPool& op);                       \
+  void mean(const Mean& op);                              \
+  void connect(const Connect& op);                        \
   void conv_act(const ConvAct& op);                       \
   void conv_repack(const ConvRepack& op);                 \
   bool conv_dweight(const ConvDweight& op);               \
@@ -57,6 +59,8 @@ struct Variant {
   void (*bn_act_pool_forward)(const BnActPoolForward& op);
   void (*bn_act_pool_backward)(const BnActPoolBackward& op);
   void (*max_pool)(const MaxPool& op);
+  void (*mean)(const Mean& op);
+  void (*connect)(const Connect& op);
   void (*conv_act)(const ConvAct& op);
   void (*conv_repack)(const ConvRepack& op);    // null where the variant has no float32
   bool (*conv_dweight)(const ConvDweight& op);  // false: a sum is not finite, and dweight is not to be used

@@ -61,4 +61,12 @@ void share_out(int64_t count, int64_t elements_each, const Body& body) {
            });
 }
 
+// body(piece) for each, likewise.
+template <class Body>
+void for_each_piece(int64_t count, int64_t elements_each, const Body& body) {
+  share_out(count, elements_each, [&](Pieces::Taker& pieces) {
+    for (int64_t piece = pieces.next(); piece >= 0; piece = pieces.next()) body(piece);
+  });
+}
+
 }  // namespace fusedres::FUSEDRES_ISA

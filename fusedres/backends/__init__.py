@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -148,6 +148,22 @@ class Request(NamedTuple):
 Pack = Callable[[Filter, Geometry, Sequence[int], bool], Filter]
 
 
+class Head(NamedTuple):
+    """The mean of every channel's pixels, and a fully connected layer of it.
+
+    Args:
+        dtypes: of x.
+        prepare_mean: (x, y) -> a call that computes the mean y, in x's dtype or in float32, of what then lies in x, in
+            channels_last.
+        connect: (x, weight, bias) -> y = x weight^T + bias, of x and bias in float32 and the weight in bfloat16, whose
+            dtype y has.
+    """
+
+    dtypes: Set[torch.dtype]
+    prepare_mean: Callable[[Tensor, Tensor], Callable[[], object]]
+    connect: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
 @dataclass(frozen=True)
 class Convolution:
     """How a backend computes conv_act.
@@ -165,6 +181,7 @@ class Convolution:
             scale, bias, residual and activation follow in a pass of their own.
         max_pool: (x, kernel, stride, padding, y) -> a call that computes the max-pool y of what then lies in x, both in
             channels_last; None where torch's is as good.
+        head: what follows the last convolution; None where torch's is as good.
         reserve: why the rule doesn't name it, where only measured times do, or who forces it.
     """
 
@@ -174,6 +191,7 @@ class Convolution:
     prepare: Callable[[Tensor, Filter, Tensor | None, Geometry, Activation, Tensor], Callable[[], object]] | None = None
     scales: bool = False
     max_pool: Callable[..., Callable[[], object]] | None = None
+    head: Head | None = None
     reserve: str | None = None
 
 

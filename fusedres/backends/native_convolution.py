@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fusedres import build
-from fusedres.backends import Convolution, Filter, Geometry, Pack, Request
+from fusedres.backends import Convolution, Filter, Geometry, Head, Pack, Request
 from fusedres.epilogue import Activation
 from fusedres.native_sources import NATIVE
 
@@ -44,6 +44,8 @@ SCHEMAS = (
     f"conv_act_({_FILTERED}, Tensor(a!) residual, {_WINDOWS}) -> ()",
     f"conv_act_out({_FILTERED}, Tensor? residual, {_WINDOWS}, Tensor(a!) y) -> ()",
     "max_pool_out(Tensor x, int[2] kernel, int[2] stride, int[2] padding, Tensor(a!) y) -> ()",
+    "mean_out(Tensor x, Tensor(a!) y) -> ()",
+    "connect_out(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y) -> ()",
 )
 _LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
 for _schema in SCHEMAS:
@@ -90,6 +92,8 @@ for _name, _fake in (
     ("conv_act_", _fake_in_place),
     ("conv_act_out", _fake_in_place),
     ("max_pool_out", _fake_in_place),
+    ("mean_out", _fake_in_place),
+    ("connect_out", _fake_in_place),
 ):
     torch.library.register_fake(f"fusedres_native::{_name}", _fake, lib=_LIBRARY)
 
@@ -212,7 +216,18 @@ def prepare_max_pool(
     return partial(torch.ops.fusedres_native.max_pool_out.default, x, kernel, stride, padding, y)
 
 
-CONVOLUTION = Convolution(pack, run, forms, prepare, scales=True, max_pool=prepare_max_pool)
+def prepare_mean(x: Tensor, y: Tensor) -> Callable[[], object]:
+    return partial(torch.ops.fusedres_native.mean_out.default, x, y)
+
+
+def connect(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = weight.new_empty(x.shape[0], weight.shape[0])
+    torch.ops.fusedres_native.connect_out(x, weight, bias, y)
+    return y
+
+
+HEAD = Head(frozenset(_DTYPES), prepare_mean, connect)
+CONVOLUTION = Convolution(pack, run, forms, prepare, scales=True, max_pool=prepare_max_pool, head=HEAD)
 
 
 def objection(request: Request) -> str | None:

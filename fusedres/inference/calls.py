@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fusedres import composed, executor, ops
-from fusedres.backends import Affine, Convolution, Filter, Geometry
+from fusedres.backends import Affine, Convolution, Filter, Geometry, Head
 from fusedres.epilogue import IDENTITY, Activation
 from fusedres.executor import Parts
 from fusedres.inference.arena import Likeness
-from fusedres.inference.steps import Convolve, Join, Normalise, Operation, is_fresh
+from fusedres.inference.steps import Convolve, Join, Normalise, Operation, is_fresh, is_mean
 
 NHWC = torch.channels_last
 
@@ -70,8 +70,12 @@ def of_convolution(
     return Calls(run, prepare, dtype)
 
 
-def of_other(operation: Operation, x: Tensor, has_ops: bool, convolution: Convolution | None) -> Calls:
-    """Of what is no convolution; `has_ops` as above, and convolutions are computed so."""
+def of_other(operation: Operation, x: Tensor, has_ops: bool, convolution: Convolution | None, is_wide: bool) -> Calls:
+    """Of what is no convolution; `has_ops` as above, and convolutions are computed so.
+
+    Args:
+        is_wide: whether a mean may come in float32, since nobody but a fully connected layer reads it.
+    """
     if isinstance(operation, Normalise):
         return Calls(partial(_normalise if has_ops else _normalise_as_eager, operation))
     if isinstance(operation, Join):
@@ -85,15 +89,24 @@ def of_other(operation: Operation, x: Tensor, has_ops: bool, convolution: Convol
             return Calls(target, partial(_pool_alone, convolution.max_pool, target))
         positions = Likeness(target(x.to("meta")).shape, torch.int64)
         return Calls(target, partial(_pool, target), scratch=positions)
-    is_mean = isinstance(target, nn.AdaptiveAvgPool2d) and target.output_size in (1, (1, 1)) and x.numel()
-    if is_mean and x.dtype.itemsize < 4:
-        return Calls(_average, _average_into)
+    if is_mean(operation) and isinstance(target, nn.Module) and x.numel():
+        head = None if convolution is None else convolution.head
+        if head is not None and x.dtype in head.dtypes and x.is_contiguous(memory_format=NHWC):
+            dtype = torch.float32 if is_wide else x.dtype
+            return Calls(partial(_mean, head, target, dtype), partial(_mean_into, head))
+        if x.dtype.itemsize < 4:
+            return Calls(_average, _average_into)
     return Calls(target)
 
 
 def of_linear(convolution: Convolution, taps: Filter, linear: nn.Linear, dtype: torch.dtype | None) -> Calls:
     """A fully connected layer as a convolution of one pixel."""
     return Calls(partial(_connect, convolution, taps, linear, dtype))
+
+
+def of_wide_linear(head: Head, taps: Filter, linear: nn.Linear, dtype: torch.dtype) -> Calls:
+    """One of a mean that was not rounded."""
+    return Calls(partial(_connect_wide, head, taps, linear, dtype))
 
 
 def _alone(convolution: Convolution, taps: Filter, operation: Convolve, dtype: torch.dtype | None, x: Tensor) -> Tensor:
@@ -199,6 +212,20 @@ def _windows(pool: nn.MaxPool2d) -> tuple[list[int], list[int], list[int]]:
     return _pair(pool.kernel_size), _pair(stride), _pair(pool.padding)
 
 
+def _mean(head: Head, pool: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
+    if x.dim() != 4 or not x.numel() or x.dtype not in head.dtypes or x.dtype.itemsize > dtype.itemsize:
+        return pool(x)
+    y = x.new_empty((*x.shape[:2], 1, 1), dtype=dtype)
+    head.prepare_mean(in_channels_last(x), y)()
+    return y
+
+
+def _mean_into(
+    head: Head, x: Tensor, residual: Tensor | None, y: Tensor, scratch: Tensor | None
+) -> Callable[[], object]:
+    return head.prepare_mean(x, y)
+
+
 def _average(x: Tensor) -> Tensor:
     """What nn.AdaptiveAvgPool2d(1) gives of half precision: as one window it takes a quarter of the time.
 
@@ -218,6 +245,12 @@ def _connect(convolution: Convolution, taps: Filter, linear: nn.Linear, dtype: t
     pixels = x.to(dtype or x.dtype).contiguous().view(-1, 1, 1, linear.in_features).permute(0, 3, 1, 2)
     y = convolution.run(pixels, taps, None, Geometry(), IDENTITY, False)
     return y.view(-1, linear.out_features)
+
+
+def _connect_wide(head: Head, taps: Filter, linear: nn.Linear, dtype: torch.dtype, x: Tensor) -> Tensor:
+    if x.dim() != 2 or x.dtype is not torch.float32 or x.shape[1] != linear.in_features:
+        return linear(x.to(dtype))
+    return head.connect(x.contiguous(), taps.weight, taps.bias)
 
 
 def _pair(value: int | tuple[int, ...]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fusedres.inference.choice import Candidate, Choice, Problem
 from fusedres.inference.flatten import Flat, flatten
 from fusedres.inference.graphs import Graphs, is_by_image
 from fusedres.inference.plan import Bound, Changed, Plan, Tape, advance
-from fusedres.inference.steps import Convolve, Mode, Operation, Plain, Step
+from fusedres.inference.steps import Convolve, Mode, Operation, Plain, Step, wide_slots
 from fusedres.inference.watch import Watch
 from fusedres.ops import contract
 
@@ -34,6 +35,7 @@ class Program:
         self.watch = Watch(module, self.flat.hosts, self.flat.gates)
         weights = [step.operation.conv.weight for step in self.flat.steps if isinstance(step.operation, Convolve)]
         self._writes_channels_last = any(_is_channels_last(weight) for weight in weights)
+        self._wide = wide_slots(self.flat.steps, partial(folding.is_connecting, mode=mode))
         self._packed: dict[tuple[int, str], Filter] = {}
         self._plans: dict[torch.Size, Plan] = {}
         self._arenas: list[Arena] = []  # those that no thread uses now
@@ -98,7 +100,8 @@ class Program:
         if isinstance(operation, Plain) and folding.is_connecting(operation.target, self.mode):
             return self._connect(step, operation.target), None
         if not isinstance(operation, Convolve):
-            return calls.of_other(operation, x, self._has_ops, self._serving.convolution), None
+            is_wide = step.target in self._wide
+            return calls.of_other(operation, x, self._has_ops, self._serving.convolution, is_wide), None
 
         def ready(candidate: Candidate, taps: Filter, in_place: bool) -> Calls:
             given = operation, self._cast, in_place, self._has_ops, x, residual
@@ -141,11 +144,17 @@ class Program:
         convolution = backend.convolution
         if convolution is None or backend.plain:
             return Calls(linear)
+        head = convolution.head if step.source in self._wide else None
         key = step.target, backend.name
         if key not in self._packed:
             refuse_capture()
             taps = folding.filter_of(linear, self.mode.dtype)
-            self._packed[key] = convolution.pack(taps, Geometry(), (1, linear.in_features, 1, 1), False)
+            if head is not None:
+                self._packed[key] = Filter(taps.weight.flatten(1).contiguous(), taps.bias)
+            else:
+                self._packed[key] = convolution.pack(taps, Geometry(), (1, linear.in_features, 1, 1), False)
+        if head is not None:
+            return calls.of_wide_linear(head, self._packed[key], linear, self.mode.dtype)
         return calls.of_linear(convolution, self._packed[key], linear, self._cast)
 
     def _pack(self, step: Step, candidate: Candidate, x: Tensor) -> Filter:

@@ -13,6 +13,7 @@ from fusedres.backends import Geometry
 from fusedres.epilogue import IDENTITY, Activation
 from fusedres.executor import Parts
 from fusedres.modules import is_hooked
+from fusedres.swap import Call
 
 
 class Mode(NamedTuple):
@@ -122,6 +123,43 @@ def _owned(steps: Sequence[Step]) -> Set[int | None]:
 
 def _is_private(operation: Operation) -> bool:
     return isinstance(operation, Convolve) or is_fresh(operation)
+
+
+def is_mean(operation: Operation) -> bool:
+    """Whether it is a pool of one window, as above."""
+    target = operation.target if isinstance(operation, Plain) else None
+    return isinstance(target, nn.AdaptiveAvgPool2d) and target.output_size in (1, (1, 1)) and is_fresh(operation)
+
+
+def wide_slots(steps: Sequence[Step], is_connecting: Callable[[object], bool]) -> Set[int]:
+    """Means, flattened and not, that nobody reads but fully connected layers: they need not be rounded."""
+    wide: set[int] = set()
+    for step in steps:
+        if not is_mean(step.operation):
+            continue
+        flattened = {reader.target for reader in _readers(steps, step.target) if _flattens(reader.operation)}
+        layers = [reader for slot in flattened for reader in _readers(steps, slot)]
+        if (
+            len(flattened) == len(_readers(steps, step.target)) > 0
+            and layers
+            and all(isinstance(layer.operation, Plain) and is_connecting(layer.operation.target) for layer in layers)
+        ):
+            wide |= {step.target, *flattened}
+    return wide
+
+
+def _readers(steps: Sequence[Step], slot: int) -> list[Step]:
+    return [step for step in steps if slot in (step.source, step.residual)]
+
+
+def _flattens(operation: Operation) -> bool:
+    """Whether it makes a row of each image."""
+    target = operation.target if isinstance(operation, Plain) else None
+    if isinstance(target, Call):
+        return target.target in (torch.flatten, "flatten") and target.arguments == (1,) and not target.keywords
+    if not isinstance(target, nn.Flatten) or type(target) is not nn.Flatten or is_hooked(target):
+        return False
+    return (target.start_dim, target.end_dim) == (1, -1)
 
 
 def is_fresh(operation: Operation) -> bool:

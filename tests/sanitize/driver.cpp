@@ -154,6 +154,18 @@ class Round {
         {shape, dtype_, arrays_.filled(shape.elements(), dtype_), pool_, arrays_.empty(windows, dtype_)});
   }
 
+  void head() {
+    const DType y_dtype = pick({dtype_, DType::kFloat32});
+    const int64_t images = shape_.images, channels = shape_.channels, outputs = 1 + draw(40);
+    variant_.mean({images, shape_.pixels, channels, dtype_, y_dtype,
+                   arrays_.filled(shape_.elements(), dtype_), arrays_.empty(images * channels, y_dtype)});
+    variant_.connect({images, channels, outputs,
+                      static_cast<float*>(arrays_.filled(images * channels, DType::kFloat32)),
+                      arrays_.filled(outputs * channels, DType::kBFloat16),
+                      static_cast<float*>(arrays_.maybe(outputs, DType::kFloat32)),
+                      arrays_.empty(images * outputs, DType::kBFloat16)});
+  }
+
   void conv_act() {
     const int64_t tile = pick<int64_t>({1, 1, 2, 4, 7}), images = 1 + draw(3);
     const ConvAxis rows = window(tile), columns = window(tile);
@@ -316,6 +328,7 @@ int main(int, char** arguments) {
         calls.bn_act_pool();
         calls.max_pool();
         if (dtype == DType::kFloat64 || dtype == DType::kFloat16) continue;
+        calls.head();
         calls.conv_act();
         calls.conv_dweight();
         if (variant.conv_repack) calls.conv_repack();
