@@ -30,9 +30,9 @@ _PANEL = 16  # output channels that weights are padded to
 _PACKED_DIMS = 5
 _DTYPES = {torch.float32: 0, torch.bfloat16: 2}  # and their numbers in csrc/params.h
 
-# Of winograd_tile, in multiply-adds: a value's two transforms, and reading a weight from memory.
+# Of winograd_tile, in multiply-adds: a value's two transforms, and reading a float32 weight from memory.
 _TRANSFORMS = {2: 8, 4: 8, 7: 15}
-_READ = 10
+_READ = 12
 # How fast an instruction set multiplies bf16, where it does; Winograd's products are in fp32.
 _SPEEDS = {"avx512_bf16": 2, "amx": 16}
 
@@ -126,7 +126,7 @@ def winograd_tile(
     def work(tile: int) -> float:
         tiles = images * -(-height // tile) * -(-width // tile)
         if tile == 1:
-            return 9 * (tiles + read) / speed
+            return 9 * (tiles / speed + read * dtype.itemsize / torch.float32.itemsize)
         return (tile + 2) ** 2 * (tiles * (1 + _TRANSFORMS[tile] * (1 / inputs + 1 / outputs)) + read)
 
     best = min(tiles_of(dtype), key=work)
