@@ -43,7 +43,7 @@ def test_a_number_that_was_changed_by_hand_is_noticed():
     first, last = measured.MARKERS
     readme = measured.with_numbers(f"# Title\n{first}\nold\n{last}\nrest\n", RUNS)
     assert readme.startswith("# Title\n") and readme.endswith(f"{last}\nrest\n") and "old" not in readme
-    (race,) = (
+    race, *_ = (
         race
         for run in RUNS
         for race in run.races

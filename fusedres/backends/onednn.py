@@ -44,6 +44,7 @@ def run(
     convolve = operators._convolution_pointwise.default
     if residual is None:
         return convolve(x, weight, bias, padding, stride, dilation, groups, *_ACTIVATIONS[act.name])
+    bias = None if bias is None else bias.to(x.dtype)  # the filter may have been packed for no residual
     if x.is_contiguous():  # one pixel, one channel or no image: not channels_last enough for torch to fuse the addition
         y = convolve(x, weight, bias, padding, stride, dilation, groups, *_ACTIVATIONS["identity"])
         return act.formula(y.add_(residual))

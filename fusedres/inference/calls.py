@@ -61,7 +61,7 @@ def of_convolution(
         join = _end if has_ops else composed.join
         run = partial(_joined, convolution, taps, operation, dtype, in_place, join)
     make = convolution.prepare
-    if make is None or (residual is not None and not _is_residual(operation, in_channels_last(x, dtype), residual)):
+    if make is None or (residual is not None and not fits(operation, in_channels_last(x, dtype), residual)):
         return Calls(run)
 
     def prepare(x: Tensor, residual: Tensor | None, y: Tensor, scratch: Tensor | None) -> Callable[[], object]:
@@ -124,7 +124,7 @@ def _joined(
     residual: Tensor,
 ) -> Tensor:
     x, geometry = in_channels_last(x, dtype), operation.geometry
-    if _is_residual(operation, x, residual):
+    if fits(operation, x, residual):
         return _convolve(convolution, x, taps, in_channels_last(residual), geometry, operation.act, in_place)
     z = _convolve(convolution, x, taps, None, geometry, IDENTITY, False)
     assert operation.parts is not None
@@ -151,7 +151,7 @@ def _convolve(
     return ops.affine_act(sums, Affine(taps.scale, taps.bias), residual=residual, act=act)
 
 
-def _is_residual(operation: Convolve, x: Tensor, residual: Tensor) -> bool:
+def fits(operation: Convolve, x: Tensor, residual: Tensor) -> bool:
     """Whether what is added has the result's sizes and dtype; what broadcasts or promotes has not."""
     conv = operation.conv
     size = operation.geometry.output_size(conv.kernel_size, x.shape[2], x.shape[3])  # pyright: ignore[reportArgumentType]

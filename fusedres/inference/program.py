@@ -108,7 +108,7 @@ class Program:
             return calls.of_convolution(candidate.convolution, taps, *given)
 
         def timed(candidate: Candidate) -> Any:
-            made = ready(candidate, self._pack(step, candidate, x), False)
+            made = ready(candidate, self._pack(step, candidate, x, residual), False)
             given = (x,) if residual is None else (x, residual)
             if made.prepare is None or not step.is_private:
                 return lambda: made.run(*given)
@@ -121,7 +121,7 @@ class Program:
         key = step.target, chosen.candidate.name
         if key not in self._packed:
             refuse_capture()
-            self._packed[key] = self._pack(step, chosen.candidate, x)
+            self._packed[key] = self._pack(step, chosen.candidate, x, residual)
         return ready(chosen.candidate, self._packed[key], step.in_place), chosen
 
     @property
@@ -157,12 +157,13 @@ class Program:
             return calls.of_wide_linear(head, self._packed[key], linear, self.mode.dtype)
         return calls.of_linear(convolution, self._packed[key], linear, self._cast)
 
-    def _pack(self, step: Step, candidate: Candidate, x: Tensor) -> Filter:
+    def _pack(self, step: Step, candidate: Candidate, x: Tensor, residual: Tensor | None) -> Filter:
         operation = step.operation
         assert isinstance(operation, Convolve)
         apart = candidate.convolution.scales or bool(candidate.backend.plain)
         taps = folding.fold(operation, self.mode.dtype, apart=apart)
-        return candidate.pack(taps, operation.geometry, x.shape, operation.parts is not None)
+        joins = residual is not None and calls.fits(operation, in_channels_last(x, self._cast), residual)
+        return candidate.pack(taps, operation.geometry, x.shape, joins)
 
 
 class Arena:
