@@ -45,7 +45,10 @@ def instructions() -> Mapping[str, set[str]]:
     instructions = by_variant[""]
     for line in lines:
         if line.endswith(">:"):
-            names = [name for name in VARIANTS if f"fusedres::{name}::" in line]
+            # objdump leaves some names of lambdas in lambdas as they are.
+            names = [
+                name for name in VARIANTS if f"fusedres::{name}::" in line or f"8fusedres{len(name)}{name}" in line
+            ]
             assert len(names) < 2, f"of two variants: {line}"
             instructions = by_variant["".join(names)]
         elif "\t" in line:
