@@ -12,7 +12,7 @@ namespace fusedres::FUSEDRES_ISA {
 template <class T>
 class WidenedTile {
  public:
-  // Of a pixel's copy, about.
+  // What one pixel's window sees.
   static int64_t bytes(const ConvAct& op) {
     return op.rows.kernel * slots(op, 1) * op.inputs * int64_t{sizeof(float)};
   }

@@ -39,6 +39,7 @@ bool pairs_pay() {
       least_ticks(FUSEDRES_PRODUCTS("vdpbf16ps")) < 2 * least_ticks(FUSEDRES_PRODUCTS("vfmadd231ps"));
   return pay;
 }
+#undef FUSEDRES_PRODUCTS
 
 }  // namespace fusedres::avx512_bf16
 #endif
