@@ -165,7 +165,7 @@ def test_nothing_is_copied_in_either_order(name: str, made: None, launches: list
     operators: set[str] = set()
     with Operators(lambda operator, _: operators.add(operator)):
         EVERY[name]()
-    assert operators <= {"empty", "empty_like", "new_empty", "select"}
+    assert operators <= {"empty", "empty_like", "new_empty", "select", "promote_types"}
 
 
 @pytest.mark.parametrize("op", [lambda: forward(BATCH, BATCH), lambda: pool_forward(BATCH)], ids=["bn_act", "stem"])
