@@ -349,7 +349,7 @@ def test_without_its_kernels_a_block_trains_op_by_op_under_every_policy():
 @pytest.mark.parametrize(
     "arguments, shape, dtype, most",
     [
-        (("BasicBlock", 16, 16), (8, 16, 32, 32), torch.float32, 1.02),  # activations are the most of it
+        (("BasicBlock", 16, 16), (8, 16, 32, 32), torch.float32, 1.006),  # activations are the most of it
         (("Bottleneck", 128, 64, 2), (2, 128, 8, 8), torch.bfloat16, 1.1),  # weights are
     ],
 )

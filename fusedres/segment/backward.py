@@ -57,6 +57,8 @@ class Backward:
                 d_output = self._end(index, step, gradient, entering)
             else:
                 d_output = self._norm(index, step, gradient, activated)
+            activated = self.y = self.mask = None
+            self.links[index] = self.links[index]._replace(output=None)
             if d_output is None:
                 break
             if index == 0:

@@ -70,7 +70,9 @@ class SegmentFunction(torch.autograd.Function):
         del kept
         if source is None:
             source = cast if shortcut is None else shortcut
-        dx, d_shortcut, *found = Backward(plan, cast, source, shortcut is None, y, mask, links, needs).run(dy)
+        walk = Backward(plan, cast, source, shortcut is None, y, mask, links, needs)
+        del y, mask
+        dx, d_shortcut, *found = walk.run(dy)
         dx = dx if dx is None else gradients.cast(dx, x.dtype)
         if d_shortcut is not None and shortcut is not None:
             d_shortcut = gradients.cast(d_shortcut, shortcut.dtype)
