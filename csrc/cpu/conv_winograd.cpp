@@ -44,8 +44,6 @@ constexpr int64_t kFewestTilesOfThem = 72;
 // Fewer are an even number of one size, so that threads get equal shares; of more the registers are better
 // filled.
 constexpr int64_t kFewPatches = 8;
-// Of a point, that the first patch fetches ahead: they fill half of the first-level cache.
-constexpr int64_t kFetchedWeights = int64_t{4} << 10;
 // Between the points' arrays: they shall not fall on each other in the cache.
 constexpr int64_t kGap = 16;
 
@@ -133,7 +131,7 @@ class Patch {
   // y's block of channels.
   void compute(int64_t block, bool is_first) {
     const int64_t width = weights_.width(block), most = points_.most_inputs();
-    const bool fetches = !Points::kFresh && is_first && op_.inputs * width <= kFetchedWeights;
+    const bool fetches = !Points::kFresh && is_first;  // later patches find weights in the cache
     for (int64_t first = 0; first < op_.inputs; first += most) {
       const int64_t inputs = minimum(most, op_.inputs - first);
       points_.place(block, first, inputs);
