@@ -239,6 +239,12 @@ struct Connect {
   void* y;             // (N, O) bfloat16
 };
 
+// Pixels that are every step-th row and column of a larger image.
+struct ConvSpread {
+  int64_t size[2] = {};  // of that image; 0: there is none
+  int64_t step[2] = {};
+};
+
 // y = act(conv(x, weight) * scale + bias + residual), all in channels_last
 struct ConvAct {
   int64_t images;
@@ -257,6 +263,7 @@ struct ConvAct {
   void* y;                       // (N, H', W', O) T
   const float* scale = nullptr;  // (O,), or null
   PlainWeight plain = {};
+  ConvSpread spread = {};  // of y and the residual
 };
 
 // packed <- weight, as csrc/cpu/conv_weights.h says; one group

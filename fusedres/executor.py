@@ -62,10 +62,10 @@ def execute(parts: Parts, x: Tensor, memory: Memory) -> Tensor:
         if y is not None:
             return y
     *inner, last = parts.spans
-    z, norm = last.conv(_run_stages(inner, x, memory)), last.norm
+    z, norm = segment.convolve(last.conv, _run_stages(inner, x, memory)), last.norm
     z, norm, gate = run_between(parts, z, norm)
     for child in children:
-        shortcut = child(shortcut)
+        shortcut = segment.convolve(child, shortcut)
     return join(parts, z, norm, gate, shortcut, parts.shortcut_norm)
 
 
@@ -125,7 +125,7 @@ def _run_stages(spans: list[Span], x: Tensor, memory: Memory) -> Tensor:
 
 
 def _run_stage(span: Span, x: Tensor) -> Tensor:
-    z, after_act = span.conv(x), span.after_act
+    z, after_act = segment.convolve(span.conv, x), span.after_act
     pooled = None
     if span.before_act:
         z = bn_act(z, span.norm, IDENTITY)

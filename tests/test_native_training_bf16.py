@@ -53,6 +53,16 @@ TILED = [
     )
 ]
 
+# Taps that some pixels of x are not seen by, or any; windows far beyond the border; fewer rows than a step.
+STRIDED = (
+    *(shape for shape in DIRECT if shape.geometry.stride != (1, 1)),
+    Shape(64, 48, (3, 3), (28, 28), 2, Geometry((2, 2), (1, 1))),
+    Shape(17, 40, (2, 5), (7, 12), 3, Geometry((3, 2), (1, 2))),
+    Shape(33, 18, (3, 4), (13, 11), 2, Geometry((2, 3), (3, 0), (3, 2))),
+    Shape(47, 16, (3, 3), (9, 10), 2, Geometry((4, 2), (1, 5), (2, 2))),
+    Shape(20, 33, (3, 3), (1, 2), 2, Geometry((2, 3), (1, 1))),
+)
+
 
 class Case:
     """Random operands of one shape, and what fp64 makes of them."""
@@ -123,6 +133,58 @@ def test_dx_is_the_formula_in_fp64(shape):
         assert torch.equal(in_place, joined)
         added = exact + case.residual
         assert relative_error(joined, added) <= 1.1 * relative_error(added.to(BF16), added)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("shape", STRIDED, ids=repr)
+def test_dx_of_strided_windows_is_the_formula_in_fp64(shape, dtype):
+    case = Case(shape)
+    exact, dy, residual = case.dx(), case.dy.to(dtype), case.residual.to(dtype)
+    added, most = exact + residual, 1.1 if dtype is BF16 else 4  # float32 sums are in another order
+    for weight in (*case.layouts(dtype), case.weight.float()):
+        dx = operators().conv_dx(dy, weight, None, shape.size, *case.windows)
+        assert dx.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(dx, exact) <= most * relative_error(case.dx(dtype), exact), "eager's"
+        joined = operators().conv_dx(dy, weight, residual, shape.size, *case.windows)
+        in_place = residual.clone()
+        operators().conv_dx_(dy, weight, in_place, *case.windows)
+        assert torch.equal(in_place, joined)
+        assert relative_error(joined, added) <= most * relative_error(case.dx(dtype) + residual, added)
+
+
+def test_dx_of_strided_windows_is_the_same_bits_whatever_the_threads():
+    case, threads = Case(Shape(64, 48, (3, 3), (28, 28), 2, Geometry((2, 2), (1, 1)))), torch.get_num_threads()
+    given = case.dy, case.weight, case.residual, case.shape.size, *case.windows
+    expected = operators().conv_dx(*given)
+    try:
+        for count in (2, 3, 7):
+            torch.set_num_threads(count)
+            assert torch.equal(operators().conv_dx(*given), expected), count
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_conv_dx_cant_read_is_refused():
+    case = Case(STRIDED[1])
+    convolve, size = operators().conv_dx, case.shape.size
+    with pytest.raises(RuntimeError, match="these windows make 2 x 5 pixels of dx's, and dy has 3 x 5"):
+        convolve(case.dy, case.weight, None, (size[0] - 2, size[1]), *case.windows)
+    with pytest.raises(RuntimeError, match="x must be in channels_last"):
+        convolve(case.dy.contiguous(), case.weight, None, size, *case.windows)
+    with pytest.raises(RuntimeError, match="the residual must be in channels_last and have x's dtype"):
+        convolve(case.dy, case.weight, case.residual.float(), size, *case.windows)
+    with pytest.raises(RuntimeError, match="the residual must have the result's sizes"):
+        convolve(case.dy, case.weight, channels_last(case.residual[:, :, 1:]), size, *case.windows)
+    with pytest.raises(RuntimeError, match="x has 20 channels, and the weight is for 19"):
+        convolve(case.dy, case.weight[:19], None, size, *case.windows)
+
+
+def test_opcheck_of_conv_dx_without_exemptions():
+    case = Case(STRIDED[1])
+    given = case.dy, case.weight, case.residual, case.shape.size, *case.windows
+    torch.library.opcheck(operators().conv_dx.default, given)
+    torch.library.opcheck(operators().conv_dx_.default, (*given[:3], *case.windows))
+    torch.library.opcheck(operators().conv_dx.default, (*given[:2], None, *given[3:]))
 
 
 @pytest.mark.parametrize("shape", [*DIRECT, *TILED], ids=repr)

@@ -114,3 +114,8 @@ def test_y_and_dx_with_weights_packed_anew(shape):
     training.test_y_is_inferences(shape)
     if shape.geometry.stride == (1, 1):
         training.test_dx_is_the_formula_in_fp64(shape)
+
+
+@pytest.mark.parametrize("shape", training.STRIDED, ids=repr)
+def test_dx_of_strided_windows_is_the_formula_in_fp64(shape):
+    training.test_dx_of_strided_windows_is_the_formula_in_fp64(shape, torch.bfloat16)

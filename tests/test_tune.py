@@ -83,6 +83,7 @@ def test_tune_asks_for_what_the_step_computes(monkeypatch: pytest.MonkeyPatch) -
         ("4x64x16x16 by 32x64x1x1", "y"),
         ("4x64x16x16 by 32x64x1x1", "dweight"),
         ("4x32x16x16 by 32x32x3x3, stride 2x2", "y"),
+        ("4x32x16x16 by 32x32x3x3, stride 2x2", "dx"),
         ("4x32x8x8 by 128x32x1x1", "y"),
         ("4x32x8x8 by 128x32x1x1", "dx"),
         ("4x32x8x8 by 128x32x1x1", "dweight"),

@@ -26,7 +26,7 @@ from fusedres.native_sources import (
 from fusedres.native_sources import KERNEL_VARIANTS as VECTOR_VARIANTS
 from fusedres.target import Source, Target
 
-_TRAINING = ("conv", "conv_", "conv_dweight")
+_TRAINING = ("conv", "conv_", "conv_dx", "conv_dx_", "conv_dweight")
 _EMULATED = ("-DFUSEDRES_ISA=amx", "-DFUSEDRES_TILES", "-DFUSEDRES_EMULATED_TILES", "-DFUSEDRES_BESIDE_TILES=portable")
 
 

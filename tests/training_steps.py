@@ -10,10 +10,10 @@ from eager import pair, sample
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OPERATORS = ("conv", "conv_", "conv_dweight")
-# How often a step of `block_and_input`'s own block calls each: by the rule, and where aten has everything.
-RULE = {"conv": 3, "conv_": 1, "conv_dweight": 2}
+OPERATORS = ("conv", "conv_", "conv_dx", "conv_dx_", "conv_dweight")
+# How often a step of `block_and_input`'s own block calls each: where aten has everything, and by the rule.
 ATEN = dict.fromkeys(OPERATORS, 0)
+RULE = ATEN | {"conv": 3, "conv_": 1, "conv_dweight": 2}
 
 
 def channels_last(t: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ ConvTile<T>::ConvTile(const ConvAct& op, int64_t most_pixels, Arena& arena)
       zeros_(arena.template take<T>(maximum(run_, op.inputs))),
       copies_(flat_ || copied_ || kTiles ? arena.template take<T>(taps_ * pitch_ * (aligned_ + kCopyGap))
                                          : nullptr),
-      widened_(aligned_ > run_ ? arena.template take<T>(taps_ * aligned_ * ConvWeights::kWidth) : nullptr) {
+      widened_(aligned_ > run_ ? arena.template take<T>(taps_ * aligned_ * ConvWeights::kWidth) : nullptr),
+      products_(op, most_pixels, arena) {
   for (int64_t i = 0; i < maximum(run_, op.inputs); ++i) zeros_[i] = T{};
   for (int64_t i = 0; i < pitch_; ++i) begin_[taps_ * pitch_ + i] = zeros_;
 }
@@ -169,7 +170,7 @@ template <class T>
 void ConvTile<T>::compute(int64_t group, int64_t block, const T* weights, const T* next_weights) const {
   const ConvRows<T> rows{begin_, pitch_, group * (op_.inputs / op_.groups), taps_, aligned_, next_weights};
   const int64_t width = weights_.width(block);
-  conv_block<T>(rows, widened(weights, width), width, result_of<T>(op_, pixel_, group, block), count_);
+  products_.compute(rows, widened(weights, width), width, group, block, pixel_, count_);
 }
 
 // Tile by tile of y's pixels, each with all channels: x stays in the second-level cache, and from there or

@@ -40,6 +40,7 @@ class ConvTile {
   T* zeros_;
   T* copies_;   // (taps, pitch, run and a little), or null
   T* widened_;  // a block's weights (taps, steps of an aligned run, width, inputs of a step), or null
+  const TileProducts<T> products_;
   int64_t pixel_ = 0;
   int64_t count_ = 0;
 };

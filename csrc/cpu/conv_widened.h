@@ -26,7 +26,8 @@ class WidenedTile {
         pitch_(ceil_div(most_pixels, kRows) * kRows),
         begin_(arena.take<const float*>((taps_ + 1) * pitch_)),
         zeros_(arena.take<float>(maximum(weights_.run(), op.inputs))),
-        copies_(arena.take<float>(op.rows.kernel * room(op, most_pixels) * slot_)) {
+        copies_(arena.take<float>(op.rows.kernel * room(op, most_pixels) * slot_)),
+        products_(op, most_pixels, arena) {
     for (int64_t i = 0; i < maximum(weights_.run(), op.inputs); ++i) zeros_[i] = 0;
     for (int64_t i = 0; i < pitch_; ++i) begin_[taps_ * pitch_ + i] = zeros_;
   }
@@ -50,7 +51,7 @@ class WidenedTile {
   void compute(int64_t group, int64_t block, const T* weights, const T* next_weights = nullptr) const {
     const ConvRows<T> rows{begin_, pitch_,         group * (op_.inputs / op_.groups),
                            taps_,  weights_.run(), next_weights};
-    conv_block<T>(rows, weights, weights_.width(block), result_of<T>(op_, pixel_, group, block), count_);
+    products_.compute(rows, weights, weights_.width(block), group, block, pixel_, count_);
   }
 
  private:
@@ -137,6 +138,7 @@ class WidenedTile {
   const float** begin_;  // (taps, pitch)
   float* zeros_;
   float* copies_;
+  const TileProducts<T> products_;
   int64_t pixel_ = 0;
   int64_t count_ = 0;
 };

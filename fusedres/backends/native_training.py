@@ -2,6 +2,8 @@
 
     conv(x, weight, bias, residual, ..., tile, transposed) -> y, or dx of dy where it is transposed
     conv_(x, weight, residual, ..., tile, transposed): written over the residual
+    conv_dx(dy, weight, residual, size, ...) -> dx of a strided convolution, with the residual
+    conv_dx_(dy, weight, residual, ...): written over the residual
     conv_dweight(dy, x, kernel, ..., tile) -> dweight in float32; of a tile over 1 empty where a sum is not finite
     dweight(dy, x, kernel, ..., tile): the same, and aten's there; written in Python, for torch.compile
 
@@ -32,6 +34,9 @@ _LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
 _WINDOWS = "int[2] stride, int[2] padding, int[2] dilation, int tile"
 _LIBRARY.define(f"conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, {_WINDOWS}, bool transposed) -> Tensor")
 _LIBRARY.define(f"conv_(Tensor x, Tensor weight, Tensor(a!) residual, {_WINDOWS}, bool transposed) -> ()")
+_STRIDED = "int[2] stride, int[2] padding, int[2] dilation"
+_LIBRARY.define(f"conv_dx(Tensor dy, Tensor weight, Tensor? residual, int[2] size, {_STRIDED}) -> Tensor")
+_LIBRARY.define(f"conv_dx_(Tensor dy, Tensor weight, Tensor(a!) residual, {_STRIDED}) -> ()")
 _LIBRARY.define(f"conv_dweight(Tensor dy, Tensor x, int[2] kernel, {_WINDOWS}) -> Tensor")
 _LIBRARY.define(f"dweight(Tensor dy, Tensor x, int[2] kernel, {_WINDOWS}) -> Tensor")
 
@@ -56,6 +61,10 @@ def _fake_conv_in_place(*arguments: object) -> None:
     pass
 
 
+def _fake_dx(dy: Tensor, weight: Tensor, residual: Tensor | None, size: Sequence[int], *windows: object) -> Tensor:
+    return dy.new_empty((dy.shape[0], *size, weight.shape[1])).permute(0, 3, 1, 2)
+
+
 def _fake_dweight(dy: Tensor, x: Tensor, kernel: Sequence[int], *windows: object) -> Tensor:
     return x.new_empty((dy.shape[1], *kernel, x.shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)
 
@@ -63,6 +72,8 @@ def _fake_dweight(dy: Tensor, x: Tensor, kernel: Sequence[int], *windows: object
 for _name, _fake in (
     ("conv", _fake_conv),
     ("conv_", _fake_conv_in_place),
+    ("conv_dx", _fake_dx),
+    ("conv_dx_", _fake_conv_in_place),
     ("conv_dweight", _fake_dweight),
     ("dweight", _fake_dweight),
 ):
@@ -70,6 +81,8 @@ for _name, _fake in (
 
 _conv = torch.ops.fusedres_native.conv.default
 _conv_in_place = torch.ops.fusedres_native.conv_.default
+_conv_dx = torch.ops.fusedres_native.conv_dx.default
+_conv_dx_in_place = torch.ops.fusedres_native.conv_dx_.default
 _conv_dweight = torch.ops.fusedres_native.conv_dweight.default
 _dweight_traced = torch.ops.fusedres_native.dweight.default
 
@@ -179,13 +192,9 @@ def _has_winograd(kernel: Sequence[int], geometry: Geometry) -> bool:
 
 
 def _has_kernel(problem: Problem) -> bool:
-    """Of the gradient of x that a strided convolution has, the kernels only add those pixels that it saw."""
     result, _, (_, _, *kernel), geometry, _ = problem
-    if geometry.groups > 1 or not result.startswith("dx"):
-        return geometry.groups == 1
-    if geometry.stride == (1, 1):
-        return min(_turned(kernel, geometry)) >= 0
-    return result == "dx+add" and kernel == [1, 1] and geometry.padding == (0, 0)
+    turns = result.startswith("dx") and geometry.stride == (1, 1)
+    return geometry.groups == 1 and (not turns or min(_turned(kernel, geometry)) >= 0)
 
 
 def _by_rule(problem: Problem, counted: int) -> int:
@@ -257,7 +266,7 @@ def backward(
     _, of_dx, of_dweight = joined if joins else alone
     dx = dweight = None
     if wanted[0] and of_dx:
-        dx = _dx(dy, weight, geometry, of_dx, residual, in_place)
+        dx = _dx(dy, x, weight, geometry, of_dx, residual, in_place)
     if wanted[1] and of_dweight:
         compute = _dweight_traced if torch.compiler.is_compiling() else _dweight
         dweight = compute(dy, x, weight.shape[2:], *geometry[:3], of_dweight)
@@ -300,16 +309,20 @@ def _dweight(
 _LIBRARY.impl("dweight", _dweight, "CPU")
 
 
-def _dx(dy: Tensor, weight: Tensor, geometry: Geometry, tile: int, residual: Tensor | None, in_place: bool) -> Tensor:
-    if residual is not None and geometry.stride != (1, 1):
-        dx = residual if in_place else residual.clone()
-        reference.spread_(dx, _conv(dy, weight, None, None, *Geometry()[:3], tile, True), geometry.stride)
-        return dx
+def _dx(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, tile: int, residual: Tensor | None, in_place: bool
+) -> Tensor:
+    owned = residual if in_place else None
+    if geometry.stride != (1, 1):
+        if owned is None:
+            return _conv_dx(dy, weight, residual, x.shape[2:], *geometry[:3])
+        _conv_dx_in_place(dy, weight, owned, *geometry[:3])
+        return owned
     windows = geometry.stride, _turned(weight.shape[2:], geometry), geometry.dilation, tile, True
-    if residual is None or not in_place:
+    if owned is None:
         return _conv(dy, weight, None, residual, *windows)
-    _conv_in_place(dy, weight, residual, *windows)
-    return residual
+    _conv_in_place(dy, weight, owned, *windows)
+    return owned
 
 
 def measured(request: Request) -> str | None:

@@ -130,6 +130,9 @@ def _operands(convolution: FunctionEvent) -> tuple[Shape, Shape]:
     if "dweight" in convolution.name:
         kernel: Any = convolution.concrete_inputs[2]
         return second, (first[1], second[1], *kernel)
+    if "conv_dx" in convolution.name:
+        size: Any = others[0][2:] or convolution.concrete_inputs[3]  # of what it is added to, or as it was told
+        return (first[0], second[1], *size), second
     if first[1] != second[1] and _OWN.fullmatch(convolution.name):  # dy, of x's size where windows are padded
         return (first[0], second[1], *first[2:]), second
     return first, second

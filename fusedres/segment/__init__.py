@@ -4,7 +4,7 @@
     y = act(norm(conv(z)) + x)                        with an identity shortcut at its end
     y = act(norm(conv(z)) + norm_r(conv_r(x)))        with a projection, both norms in one pass
 
-Where a call can't have that, `fusedres.residual` runs op by op.
+Where a call can't have that, `fusedres.executor` runs op by op, and a convolution is a function by itself.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import dispatch
-from fusedres.backends import Backend, Geometry
+from fusedres.backends import Backend, Geometry, Norm, reference
+from fusedres.epilogue import IDENTITY
 from fusedres.memory import Memory
 from fusedres.modules import count_batch, dtypes_fit, is_hooked, member, norm_of
 from fusedres.ops import kernels
-from fusedres.segment import operator
+from fusedres.segment import convolution, operator
 from fusedres.segment.function import SegmentFunction, SyncSegmentFunction, apply
-from fusedres.segment.plan import Plan, Step, convolved
-from fusedres.segment.requests import computing_dtype, norms_of, requests_of
+from fusedres.segment.plan import NO_NORM, Plan, Step, convolved
+from fusedres.segment.requests import computing_dtype, convolution_of, norms_of, requests_of
 from fusedres.synchronised import Synchronised, are_joint, group_of
 
 
@@ -71,9 +72,7 @@ def run(x: Tensor, links: Sequence[Link], end: End | None, memory: Memory) -> Te
         # A cumulative average has to read the counter first; a frozen norm has no momentum at all.
         if norm.__dict__.get("momentum", 0.0) is None or not dtypes_fit(dtype, norm):
             return None
-        weight, bias = conv._parameters["weight"], member(conv, "bias")
-        geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
-        steps.append(Step(weight, bias, geometry, norm_of(norm), act))
+        steps.append(_step(conv, norm_of(norm), act))
         groups.append(group_of(norm))
     if len(every) > len(links) and not are_joint(links[-1].act, *groups[-2:]):
         return None
@@ -97,6 +96,25 @@ def run(x: Tensor, links: Sequence[Link], end: End | None, memory: Memory) -> Te
     if compiling:
         return operator.call(plan, x, other)
     return apply(plan, x, other, SegmentFunction if alone else SyncSegmentFunction)
+
+
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x), in a training step by the kernels that the dispatcher names."""
+    if not (is_possible(x) and is_bare(conv) and is_plain(conv)):
+        return conv(x)
+    dtype, step = computing_dtype(x), _step(conv, NO_NORM, IDENTITY)
+    request = convolution_of(x, dtype, step)
+    if request is None:
+        return conv(x)
+    if torch.compiler.is_compiling():
+        return operator.call_convolution(step, dtype, x)
+    (step,) = convolved([step], [request])
+    return conv(x) if step.convolution is reference.TRAINING_CONVOLUTION else convolution.apply(step, dtype, x)
+
+
+def _step(conv: Any, norm: Norm, act: Any) -> Step:
+    geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+    return Step(conv._parameters["weight"], member(conv, "bias"), geometry, norm, act)
 
 
 def _operators(backend: Backend, group: Any) -> kernels.Operators:

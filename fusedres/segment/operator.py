@@ -1,4 +1,4 @@
-"""A segment as one operator: a node of torch.compile's graph, which AOTAutograd then takes apart.
+"""A segment, or a convolution alone, as one operator: a node of torch.compile's graph, which AOTAutograd takes apart.
 
 So a compiled block computes what the block does without compilation: the same kernels, in the same order.
 """
@@ -19,12 +19,13 @@ from torch import Tensor
 from fusedres import build, dispatch, times
 from fusedres._version import __version__
 from fusedres.backends import Geometry, Norm
-from fusedres.epilogue import CATALOGUE
+from fusedres.epilogue import CATALOGUE, IDENTITY
 from fusedres.memory import Memory
 from fusedres.native_sources import NATIVE
 from fusedres.ops import kernels
+from fusedres.segment import convolution
 from fusedres.segment.function import apply
-from fusedres.segment.plan import ARGUMENTS, Plan, Step, convolved
+from fusedres.segment.plan import ARGUMENTS, NO_NORM, Plan, Step, convolved
 from fusedres.segment.requests import convolutions_of
 
 _LIBRARY = torch.library.Library("fusedres", "FRAGMENT")
@@ -32,6 +33,9 @@ _LIBRARY = torch.library.Library("fusedres", "FRAGMENT")
 _LIBRARY.define(
     "segment(Tensor x, Tensor? shortcut, Tensor?[] parameters, Tensor(a!)?[] statistics, int[] integers, "
     "float[] floats, bool joins, bool projects, ScalarType dtype, str memory, str[] backends, str facts) -> Tensor"
+)
+_LIBRARY.define(
+    "convolution(Tensor x, Tensor weight, Tensor? bias, int[] geometry, ScalarType dtype, str facts) -> Tensor"
 )
 _PACKAGE = Path(__file__).parents[1]
 _INTEGERS = 9  # of a step: the geometry's, whether the statistics are the batch's, the activation's code
@@ -56,8 +60,15 @@ def arguments_of(plan: Plan, x: Tensor, shortcut: Tensor | None) -> tuple[Any, .
     return x, shortcut, plan.parameters, statistics, integers, floats, *joined, backends, _facts()
 
 
+def call_convolution(step: Step, dtype: torch.dtype, x: Tensor) -> Tensor:
+    """The step's convolution of x alone, computed in a dtype."""
+    stride, padding, dilation, groups = step.geometry
+    geometry = [*stride, *padding, *dilation, groups]
+    return torch.ops.fusedres.convolution.default(x, step.weight, step.bias, geometry, dtype, _facts())
+
+
 def _facts() -> str:
-    """What else decides how a segment is computed. AOTAutograd keeps compiled graphs under their text, on disk too:
+    """What else decides how it is computed. AOTAutograd keeps compiled graphs under their text, on disk too:
     one with another library's operators, or made under other settings, must not be found again."""
     found = [
         __version__,
@@ -105,11 +116,10 @@ def _segment(
     for at in range(len(parameters) // ARGUMENTS):
         weight, bias, norm_weight, norm_bias = parameters[ARGUMENTS * at : ARGUMENTS * (at + 1)]
         (mean, var), (momentum, eps) = statistics[2 * at : 2 * at + 2], floats[2 * at : 2 * at + 2]
-        *windows, groups, training, code = integers[_INTEGERS * at : _INTEGERS * (at + 1)]
-        stride, padding, dilation = ((windows[i], windows[i + 1]) for i in (0, 2, 4))
+        *geometry, training, code = integers[_INTEGERS * at : _INTEGERS * (at + 1)]
         norm = Norm(norm_weight, norm_bias, mean, var, bool(training), momentum, eps)
         assert weight is not None  # of the list's type alone
-        steps.append(Step(weight, bias, Geometry(stride, padding, dilation, groups), norm, CATALOGUE[code]))
+        steps.append(Step(weight, bias, _geometry(geometry), norm, CATALOGUE[code]))
     length = len(steps) - projects
     source = x if shortcut is None else shortcut
     steps = convolved(steps, convolutions_of(x, source, dtype, steps, length))
@@ -118,4 +128,19 @@ def _segment(
     return apply(Plan(steps[:length], operators, joins, projection, dtype, Memory(memory)), x, shortcut)
 
 
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], dtype: torch.dtype, facts: str
+) -> Tensor:
+    steps = [Step(weight, bias, _geometry(geometry), NO_NORM, IDENTITY)]
+    (step,) = convolved(steps, convolutions_of(x, None, dtype, steps, 1))
+    return convolution.apply(step, dtype, x)
+
+
+def _geometry(integers: Sequence[int]) -> Geometry:
+    *windows, groups = integers
+    stride, padding, dilation = ((windows[i], windows[i + 1]) for i in (0, 2, 4))
+    return Geometry(stride, padding, dilation, groups)
+
+
 _LIBRARY.impl("segment", _segment, "CompositeImplicitAutograd")
+_LIBRARY.impl("convolution", _convolution, "CompositeImplicitAutograd")

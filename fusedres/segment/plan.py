@@ -15,6 +15,8 @@ from fusedres.epilogue import Activation
 from fusedres.memory import Memory
 from fusedres.ops import kernels
 
+NO_NORM = Norm(None, None, None, None, False, 0.0, 0.0)  # of a convolution alone
+
 
 class Step(NamedTuple):
     """One conv -> norm -> act of a call."""

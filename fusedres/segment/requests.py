@@ -57,6 +57,18 @@ def requests_of(
         return _known[key]
 
 
+def convolution_of(x: Tensor, dtype: torch.dtype, step: Step) -> Request | None:
+    """Of a step's convolution alone; None where it is the module's to compute, or to refuse."""
+    weight, groups = step.weight, step.geometry.groups
+    if x.dim() != 4 or dispatch.layout(x) != "channels_last" or 0 in x.shape:
+        return None
+    if weight.device != x.device or weight.shape[1] * groups != x.shape[1] or not _casts(x, step, dtype):
+        return None
+    if min(step.output_sizes(tuple(x.shape))) < 1:
+        return None
+    return _convolution(x, dtype, concrete(x.shape), step)
+
+
 def _kind(t: Tensor | None) -> Any:
     return None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device)
 
