@@ -347,7 +347,8 @@ def test_without_its_kernels_a_block_trains_op_by_op_under_every_policy():
 @pytest.mark.parametrize(
     "arguments, shape, dtype, most",
     [
-        (("BasicBlock", 16, 16), (8, 16, 32, 32), torch.float32, 1.006),  # activations are the most of it
+        (("BasicBlock", 16, 16), (8, 16, 32, 32), torch.float32, 1.005),  # activations are the most of it
+        (("BasicBlock", 32, 32), (2, 32, 16, 16), torch.float32, 1.01),  # both are
         (("Bottleneck", 128, 64, 2), (2, 128, 8, 8), torch.bfloat16, 1.1),  # weights are
     ],
 )

@@ -195,11 +195,12 @@ void phases(const Tensor& dy, const Tensor& weight, const OptionalTensor& residu
   bool all = true;  // pixels are seen by a tap
   for (int64_t row = 0; row < rows.stride; ++row) all &= Phase(rows, row).axis.kernel > 0;
   for (int64_t column = 0; column < columns.stride; ++column) all &= Phase(columns, column).axis.kernel > 0;
-  if (const int64_t bytes = dx.size(0) * height * width * pixel; !all && !from) {
-    std::memset(to, 0, bytes);
-  } else if (!all && from != to) {
-    std::memcpy(to, from, bytes);
-    from = to;
+  if (!all && from != to) {
+    const int64_t bytes = dx.size(0) * height * width * pixel;
+    if (from)
+      std::memcpy(to, from, bytes);
+    else
+      std::memset(to, 0, bytes);
   }
   for (int64_t row = 0; row < std::min(rows.stride, height); ++row)
     for (int64_t column = 0; column < std::min(columns.stride, width); ++column) {

@@ -20,32 +20,22 @@ class ConvolutionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        cast, computed = x.to(dtype), step.weight_for(dtype)
+        cast = x.to(dtype)
         ctx.step, ctx.dtype = step, dtype
-        ctx.save_for_backward(
-            x if cast is x or ctx.needs_input_grad[2] else None,  # otherwise what it was cast to will do
-            None if cast is x else cast,
-            weight,
-            None if computed is weight else computed,
-            bias,
-        )
-        return step.convolve(cast, computed, bias)
+        kept = x if cast is x or ctx.needs_input_grad[2] else None  # otherwise what it was cast to will do
+        ctx.save_for_backward(kept, None if cast is x else cast, weight, bias)
+        return step.convolve(cast, step.weight_for(dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         step, needs = ctx.step, ctx.needs_input_grad[2:]
-        x, cast, weight, computed, bias = ctx.saved_tensors
+        x, cast, weight, bias = ctx.saved_tensors
         x, cast = (cast, cast) if x is None else (x, x if cast is None else cast)
-        operands = x, weight, bias
         if torch.is_grad_enabled():
-            return None, None, *_backward_again(step, ctx.dtype, operands, needs, dy)
-        computed = weight if computed is None else computed
-        found = step.convolution.backward(dy, cast, computed, step.geometry, needs, None, False, *step.chosen)
-        cast_back = (
-            None if gradient is None or t is None else gradients.cast(gradient, t.dtype)
-            for gradient, t in zip(found, operands, strict=True)
-        )
-        return None, None, *cast_back
+            return None, None, *_backward_again(step, ctx.dtype, (x, weight, bias), needs, dy)
+        weight = step.weight_for(ctx.dtype)
+        found = step.convolution.backward(dy, cast, weight, step.geometry, needs, None, False, *step.chosen)
+        return None, None, *found  # which autograd converts to the operands' dtypes
 
 
 def apply(step: Step, dtype: torch.dtype, x: Tensor) -> Tensor:
