@@ -44,36 +44,42 @@ def apart(model: nn.Module) -> float:
     return largest.item()
 
 
+def train(options: argparse.Namespace, device: torch.device) -> float:
+    """How far the processes' parameters are apart after some steps."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)  # DDP hands the first process's weights to all
+    model = getattr(import_torchvision().models, options.model)(num_classes=10)
+    report = fusedres.fuse(model)
+    model = model.to(device, memory_format=torch.channels_last)
+    parallel = DistributedDataParallel(model, device_ids=None if device.index is None else [device.index])
+    if options.sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(parallel)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for step in range(options.steps):
+        images = torch.randn(options.batch, 3, options.size, options.size, device=device)
+        labels = torch.randint(10, (options.batch,), device=device)
+        loss = F.cross_entropy(parallel(images.contiguous(memory_format=torch.channels_last)), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 0:
+            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
+    difference = apart(model)
+    if rank == 0:
+        processes = f"{len(report.fused)} fused on each of {dist.get_world_size()} processes"
+        print(f"{processes}; parameters differ by {difference}")
+    return difference
+
+
 def main() -> int:
     options = parse_arguments()
     gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     dist.init_process_group("nccl" if gpu else "gloo")
-    rank, local = dist.get_rank(), int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     try:
-        torch.manual_seed(rank)  # DDP hands the first process's weights to all
-        model = getattr(import_torchvision().models, options.model)(num_classes=10)
-        report = fusedres.fuse(model)
-        model = model.to(device, memory_format=torch.channels_last)
-        parallel = DistributedDataParallel(model, device_ids=[local] if gpu else None)
-        if options.sync_bn:
-            nn.SyncBatchNorm.convert_sync_batchnorm(parallel)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        for step in range(options.steps):
-            images = torch.randn(options.batch, 3, options.size, options.size, device=device)
-            labels = torch.randint(10, (options.batch,), device=device)
-            loss = F.cross_entropy(parallel(images.contiguous(memory_format=torch.channels_last)), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if rank == 0:
-                print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
-        difference = apart(model)
-        if rank == 0:
-            processes = f"{len(report.fused)} fused on each of {dist.get_world_size()} processes"
-            print(f"{processes}; parameters differ by {difference}")
+        difference = train(options, device)
     finally:
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # when nothing refers to it any more: its threads end here, not with Python
     return int(difference != 0)
 
 
