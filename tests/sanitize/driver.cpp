@@ -186,11 +186,18 @@ class Round {
     void* const packed = arrays_.aligned(bytes);
     conv_pack(weights, weight.begin, weight.strides, packed, bytes);
     const bool fresh = tile > 1 && draw(2);
-    void* const y = arrays_.filled(images * rows.outputs * columns.outputs * outputs, dtype_);
+    ConvSpread spread{{rows.outputs, columns.outputs}, {1, 1}};
+    const bool is_spread = tile == 1 && draw(2);
+    for (int axis = 0; is_spread && axis < 2; ++axis) {
+      spread.step[axis] = 1 + draw(3);
+      spread.size[axis] = (spread.size[axis] - 1) * spread.step[axis] + 1;
+    }
+    void* const y = arrays_.filled(images * spread.size[0] * spread.size[1] * outputs, dtype_);
     const void* const x = arrays_.filled(images * rows.size * columns.size * inputs, dtype_);
     const auto* const bias = static_cast<const float*>(arrays_.maybe(outputs, DType::kFloat32));
     variant_.conv_act({images, inputs, outputs, groups, tile, rows, columns, dtype_, act_, x,
-                       fresh ? nullptr : packed, bias, draw(2) ? y : nullptr, y, nullptr, weight});
+                       fresh ? nullptr : packed, bias, draw(2) ? y : nullptr, y, nullptr, weight,
+                       is_spread ? spread : ConvSpread{}});
   }
 
   void conv_repack() {
