@@ -53,10 +53,11 @@ TILED = [
     )
 ]
 
+SEVERAL_TILES = Shape(24, 48, (3, 3), (41, 40), 3, Geometry((2, 2), (1, 1)))
 # Taps that some pixels of x are not seen by, or any; windows far beyond the border; fewer rows than a step.
 STRIDED = (
     *(shape for shape in DIRECT if shape.geometry.stride != (1, 1)),
-    Shape(24, 48, (3, 3), (41, 40), 3, Geometry((2, 2), (1, 1))),  # several tiles
+    SEVERAL_TILES,
     Shape(17, 40, (2, 5), (7, 12), 3, Geometry((3, 2), (1, 2))),
     Shape(33, 18, (3, 4), (13, 11), 2, Geometry((2, 3), (3, 0), (3, 2))),
     Shape(47, 16, (3, 3), (9, 10), 2, Geometry((4, 2), (1, 5), (2, 2))),
@@ -154,7 +155,7 @@ def test_dx_of_strided_windows_is_the_formula_in_fp64(shape, dtype):
 
 
 def test_dx_of_strided_windows_is_the_same_bits_whatever_the_threads():
-    case, threads = Case(Shape(24, 48, (3, 3), (41, 40), 3, Geometry((2, 2), (1, 1)))), torch.get_num_threads()
+    case, threads = Case(SEVERAL_TILES), torch.get_num_threads()
     given = case.dy, case.weight, case.residual, case.shape.size, *case.windows
     expected = operators().conv_dx(*given)
     try:

@@ -33,7 +33,7 @@ class ConvolutionFunction(torch.autograd.Function):
         x, cast = (cast, cast) if x is None else (x, x if cast is None else cast)
         if torch.is_grad_enabled():
             return None, None, *_backward_again(step, ctx.dtype, (x, weight, bias), needs, dy)
-        weight = step.weight_for(ctx.dtype)
+        weight = step._replace(weight=weight).weight_for(ctx.dtype)  # as it was saved
         found = step.convolution.backward(dy, cast, weight, step.geometry, needs, None, False, *step.chosen)
         return None, None, *found  # which autograd converts to the operands' dtypes
 
