@@ -3,7 +3,7 @@
     python benchmarks/test_memory.py CASE CONTESTANT    the bytes that a process has which does nothing else
 
 Beside the most that torch's allocator held, which a step's tensors explain, stands what such a process took of the
-machine, the median of three: libraries, kernels' own scratch and malloc's gaps too, which differ from run to run.
+machine, the median of five: libraries, kernels' own scratch and malloc's gaps too, which differ from run to run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fusedres.testing import import_torchvision
 
 resnet = import_torchvision().models.resnet
 BUDGET = 0.5
-_PROCESSES = 3
+_PROCESSES = 5
 # model, batch, height and width
 NETWORKS = (("resnet50", 16, 224), ("resnet18", 16, 224), ("cifar/resnet18", 64, 32))
 

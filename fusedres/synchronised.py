@@ -87,6 +87,8 @@ class Synchronised:
     sizes, and some of them empty.
     """
 
+    backward_in_place = None
+
     def __init__(self, backend: Backend, group: Any) -> None:
         self.backend, self.group = backend, group
         self._affine_act, self._bn_act = kernels.of(backend, "affine_act"), kernels.of(backend, "bn_act")

@@ -46,6 +46,22 @@ def test_the_fused_op_reads_and_writes_what_the_documents_say(kernels_in_python)
     assert sum(kernel.calls for name, kernel in counted.items() if name.startswith("fusedres")) == 2
 
 
+def test_a_gradient_moves_as_much_over_its_operand(native):
+    x, dy = (t.to(memory_format=torch.channels_last) for t in (X.clone(), X))
+    operators = torch.ops.fusedres_native
+    none = [None] * 2
+    _, *stats, mask = operators.bn_act_forward(
+        x, *none, *none, x, *none, *none, None, 1, 0, 0.1, 0.1, 0.1, 0.1, 1, True
+    )
+    needs = [True, True, True, True, False, False, False]
+    arguments = dy, None, mask, x, *none, stats[0], None, *none, stats[1], None, 1, 0, 1, needs
+    elsewhere, over = (
+        kernels.count(lambda operator=operator: operator(*arguments)).popitem()[1]
+        for operator in (operators.bn_act_backward, operators.bn_act_backward_)
+    )
+    assert over == elsewhere
+
+
 def test_a_fused_step_calls_an_op_for_each_norm_and_moves_what_the_roofline_says(kernels_in_python):
     work = Work("tiny", True, 4, 32, torch.float32, torch.device("cpu"))
     network = small_models.tiny()

@@ -199,6 +199,29 @@ def test_bn_act_equals_the_formula_in_fp64(block):
                 # A sum may cancel: its error is to be seen beside its terms.
                 assert_close(f, e, f"{case} {name} {needs}", slack=4, floor=0.0 if name in ("dx", "dr") else 1.0)
             assert bool(f.numel()) == bool(e.numel()), name
+        overwritten(case, dy, saved, needs, (save_x, save_r), found)
+
+
+def overwritten(case, dy, saved, needs, save, expected):
+    """In place dx and dr are the same bits, over x and the residual, which are touched for nothing else."""
+    x, residual = case.x, case.residual
+    operands = [t if t is None else t.clone() for t in (x, residual)]
+    case.x, case.residual = operands
+    try:
+        found = list(case.bn_backward(operators().bn_act_backward_, dy, *saved, needs, save=save))
+    finally:
+        case.x, case.residual = x, residual
+    for index, given, operand, kept in zip((0, 3), (x, residual), operands, save, strict=True):
+        if needs[index] and kept and operand is not None:
+            assert found[index].numel() == 0
+            found[index] = operand
+        elif operand is not None:
+            assert same(operand, given)
+    assert all(same(f, e) for f, e in zip(found, expected, strict=True)), f"{case} {needs}"
+
+
+def same(t, other):
+    return torch.equal(t.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def affine_operands(case):

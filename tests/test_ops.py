@@ -118,6 +118,13 @@ def test_opcheck_without_exemptions(kernel_backend: str, keep_mask: bool, order:
     saved = (*slope, x, weight, bias, stats, r, weight, bias, stats_r, gate, 1, 1, 1)
     for needs in ([True] * 7, [False] * 7, [True, False, True, False, True, False, True]):
         opcheck(operators.bn_act_backward.default, (torch.randn_like(y), *saved, needs))
+        if hasattr(operators, "bn_act_backward_"):
+            opcheck(operators.bn_act_backward_.default, (torch.randn_like(y), *saved, needs))
+    if hasattr(operators, "bn_act_backward_"):  # what isn't given has a gradient of its own
+        none, nothing = [None] * 3, kernels.nothing(y)
+        absent = (*slope, *none, nothing, *none, nothing, None, 0, 0, 1)
+        needs = [True, False, False, True, False, False, False]
+        opcheck(operators.bn_act_backward_.default, (torch.randn_like(y), *absent, needs))
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])

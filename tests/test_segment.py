@@ -1,6 +1,7 @@
 """A block as one autograd function: when it is one, what it computes, what it keeps, and what it leaves out."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -381,3 +382,28 @@ def test_a_retained_graph_is_walked_again_and_another_is_not(policy, native):
     assert torch.equal(again, first)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_gradient_is_written_over_what_it_is_of_where_nobody_reads_that_again(build, native):
+    fused, _ = BUILDS[build](dtype=torch.float32)
+    x = input_of(fused, torch.float32)
+    held = []
+
+    def pack(t):
+        held.append((t, t.detach().clone()))
+        return t
+
+    def walks(hooks, **arguments):
+        with hooks:
+            y = fused(x)
+        assert is_segment(y)
+        with Operations() as operations:
+            y.sum().backward(**arguments)
+        return [operations.count[f"fusedres_native::bn_act_backward{way}"] for way in ("", "_")]
+
+    norms = sum(name.startswith("bn") for name, _ in fused.named_children())  # a projection's is part of the last
+    assert walks(nullcontext()) == [0, norms]
+    assert walks(nullcontext(), retain_graph=True) == [norms, 0]
+    assert walks(saved_tensors_hooks(pack, lambda t: t)) == [norms, 0]
+    assert all(torch.equal(t, as_saved) for t, as_saved in held)

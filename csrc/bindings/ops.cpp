@@ -67,31 +67,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_forward(
   return {y, norm.stats, norm_r.stats, mask};
 }
 
-// What the backward kernels of both ops share: dy in x's memory order, and the seven results.
+// What the backward kernels of both ops share: dy in x's memory order, and the seven results. In place dx and
+// dr go where x and the residual are, if these are given: each element is read before it is written.
 struct BackwardTensors {
   BackwardTensors(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& mask,
                   const OptionalTensor& x, const OptionalTensor& residual, const OptionalTensor& gate,
-                  const std::vector<bool>& needs)
-      : memory(memory_of_backward(dy, y, mask, x, residual)), dense_dy(memory.dense(dy)) {
+                  const std::vector<bool>& needs, bool in_place = false)
+      : memory(memory_of_backward(dy, y, mask, x, residual)),
+        dense_dy(memory.dense(dy)),
+        over_x(in_place && needs[0] ? pointer(x) : nullptr),
+        over_residual(in_place && needs[3] ? pointer(residual) : nullptr) {
     const std::vector<int64_t> channels{memory.channels};
     auto wanted = [&](int index, const std::vector<int64_t>& sizes) {
       return empty_accumulation(dy, needs[index] ? sizes : std::vector<int64_t>{0});
     };
-    auto like = [&](int index, const OptionalTensor& operand) {
-      return needs[index] ? memory.empty_output(operand ? *operand : dense_dy) : empty_nothing(dy);
+    auto like = [&](int index, const OptionalTensor& operand, const void* over) {
+      return needs[index] && !over ? memory.empty_output(operand ? *operand : dense_dy) : empty_nothing(dy);
     };
     std::vector<int64_t> gate_sizes{0};
     if (gate) gate_sizes.assign(gate->sizes().begin(), gate->sizes().end());
-    results = {like(0, x),          wanted(1, channels), wanted(2, channels),  like(3, residual),
-               wanted(4, channels), wanted(5, channels), wanted(6, gate_sizes)};
+    results = {
+        like(0, x, over_x),  wanted(1, channels), wanted(2, channels),  like(3, residual, over_residual),
+        wanted(4, channels), wanted(5, channels), wanted(6, gate_sizes)};
   }
 
   Gradients gradients() const {
-    return std::apply([](const auto&... result) { return Gradients{result_pointer(result)...}; }, results);
+    Gradients to =
+        std::apply([](const auto&... result) { return Gradients{result_pointer(result)...}; }, results);
+    if (over_x) to.dx = over_x;
+    if (over_residual) to.dr = over_residual;
+    return to;
   }
 
   const Memory memory;
   const Tensor dense_dy;
+  void* const over_x;
+  void* const over_residual;
   SevenTensors results;
 };
 
@@ -112,13 +123,14 @@ SevenTensors affine_act_backward(const Tensor& dy, const OptionalTensor& y, cons
   return tensors.results;
 }
 
+template <bool kInPlace>
 SevenTensors bn_act_backward(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& mask,
                              const OptionalTensor& x, const OptionalTensor& weight,
                              const OptionalTensor& bias, const Tensor& stats, const OptionalTensor& residual,
                              const OptionalTensor& weight_r, const OptionalTensor& bias_r,
                              const Tensor& stats_r, const OptionalTensor& gate, int64_t statistics,
                              int64_t statistics_r, int64_t act, const std::vector<bool>& needs) {
-  const BackwardTensors tensors(dy, y, mask, x, residual, gate, needs);
+  const BackwardTensors tensors(dy, y, mask, x, residual, gate, needs, kInPlace);
   const NormTensors norm = backward_norm(weight, bias, stats, statistics);
   const NormTensors norm_r = backward_norm(weight_r, bias_r, stats_r, statistics_r);
   const DType dtype = dtype_of(dy);
@@ -137,5 +149,6 @@ STABLE_TORCH_LIBRARY_IMPL(FUSEDRES_NAMESPACE, FUSEDRES_KEY, m) {
   m.impl("affine_act_forward", TORCH_BOX(&fusedres::affine_act_forward));
   m.impl("affine_act_backward", TORCH_BOX(&fusedres::affine_act_backward));
   m.impl("bn_act_forward", TORCH_BOX(&fusedres::bn_act_forward));
-  m.impl("bn_act_backward", TORCH_BOX(&fusedres::bn_act_backward));
+  m.impl("bn_act_backward", TORCH_BOX(&fusedres::bn_act_backward<false>));
+  m.impl("bn_act_backward_", TORCH_BOX(&fusedres::bn_act_backward<true>));
 }

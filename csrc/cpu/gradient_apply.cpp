@@ -23,8 +23,9 @@ void gradient_pass(const GradientApply& pass) {
   using V = VecOf<T>;
   const Slope slope = pass.slope;
   const OperandGradient to_x = pass.x, to_r = pass.r;
-  const bool x_past_caches = streams<T>(pass.shape, to_x.gradient);
-  const bool r_past_caches = streams<T>(pass.shape, to_r.gradient);
+  // What is written over its operand has just been read into the caches.
+  const bool x_past_caches = to_x.gradient != slope.x && streams<T>(pass.shape, to_x.gradient);
+  const bool r_past_caches = to_r.gradient != slope.r && streams<T>(pass.shape, to_r.gradient);
   auto body = [=](const Place& at, auto lanes) FUSEDRES_INLINE_LAMBDA {
     prefetch_pages(static_cast<const T*>(slope.dy) + at.element);
     const V g = gradient_at<T, kOrder, kKind>(slope, at, lanes);

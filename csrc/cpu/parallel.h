@@ -33,6 +33,7 @@ class Arena {
 
   const size_t blocks_;  // that were there before
   const size_t used_;
+  const size_t live_;
 };
 
 }  // namespace fusedres

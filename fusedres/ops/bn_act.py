@@ -194,6 +194,19 @@ def _fake_backward(
     return kernels.fake_gradients(dy, memory_format, (x, weight, bias, residual, weight_r, bias_r, gate), rest[-1])
 
 
+def _fake_backward_in_place(*arguments: Any) -> tuple[Tensor, ...]:
+    dy, _, _, x, _, _, _, residual, *_ = arguments
+    dx, dweight, dbias, dr, *rest = _fake_backward(*arguments)
+    dx, dr = (d if t is None else kernels.nothing(dy) for t, d in ((x, dx), (residual, dr)))
+    return dx, dweight, dbias, dr, *rest
+
+
+_BACKWARD = (
+    "Tensor dy, Tensor? y, Tensor? mask, Tensor? x, Tensor? weight, Tensor? bias, Tensor stats, "
+    "Tensor? residual, Tensor? weight_r, Tensor? bias_r, Tensor stats_r, Tensor? gate, "
+    "int statistics, int statistics_r, int act"
+)
+_OVERWRITING = _BACKWARD.replace("Tensor? x", "Tensor(a!)? x").replace("Tensor? residual", "Tensor(b!)? residual")
 SPEC = kernels.Spec(
     name="bn_act",
     arguments=(
@@ -202,14 +215,11 @@ SPEC = kernels.Spec(
         "Tensor? gate, int statistics, int statistics_r, float momentum, float momentum_r, float eps, float eps_r, "
         "int act"
     ),
-    backward_arguments=(
-        "Tensor dy, Tensor? y, Tensor? mask, Tensor? x, Tensor? weight, Tensor? bias, Tensor stats, "
-        "Tensor? residual, Tensor? weight_r, Tensor? bias_r, Tensor stats_r, Tensor? gate, "
-        "int statistics, int statistics_r, int act"
-    ),
+    backward_arguments=_BACKWARD,
     # stats: (3, C): the mean's high part, its remainder, 1 / sqrt(var + eps); (0,) for an absent norm
     results="Tensor y, Tensor stats, Tensor stats_r, Tensor mask",
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,
     function=BnAct,
+    in_place=kernels.InPlace(_OVERWRITING, _fake_backward_in_place),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ from torch._prims_common import suggest_memory_format
 from fusedres import dispatch
 from fusedres.backends import Backend
 from fusedres.epilogue import Activation
+
+
+class InPlace(NamedTuple):
+    """A backward that writes gradients over what they are of: its schema's arguments, and its results."""
+
+    arguments: str
+    fake: Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Spec:
         fake_forward, fake_backward: shapes, dtypes and strides of the results.
         function: the autograd.Function; its `apply` takes the Kernels and then the op's arguments.
         gradients: how many gradients the backward kernel returns.
+        in_place: of the operator `Kernels.backward_in_place`, where there is one.
         kept: the word for the last result; `keep_<kept>` tells the forward kernel to fill it.
     """
 
@@ -42,6 +50,7 @@ class Spec:
     fake_backward: Callable[..., tuple[Tensor, ...]]
     function: type[torch.autograd.Function]
     gradients: int = 7
+    in_place: InPlace | None = None
     kept: str = "mask"
 
 
@@ -54,10 +63,16 @@ class Operators(Protocol):
     def forward(self) -> Callable[..., Any]: ...
     @property
     def backward(self) -> Callable[..., Any]: ...
+    @property
+    def backward_in_place(self) -> Callable[..., Any] | None: ...
 
 
 class Kernels:
-    """One op's operators of one backend: `op` differentiable, `forward` and `backward` as they are."""
+    """One op's operators of one backend: `op` differentiable, `forward` and `backward` as they are.
+
+    `backward_in_place`, of compiled kernels, writes the gradients of operands that nobody reads any more over these.
+    What it returns is empty in their places.
+    """
 
     def __init__(self, spec: Spec, backend: Backend, library: torch.library.Library) -> None:
         name, namespace = spec.name, library.ns
@@ -67,12 +82,18 @@ class Kernels:
         needs = f"bool[{spec.gradients}] needs"
         library.define(f"{name}_backward({spec.backward_arguments}, {needs}) -> ({gradients})")
 
+        in_place = spec.in_place if f"{name}_backward" not in backend.kernels else None
+        if in_place is not None:
+            library.define(f"{name}_backward_({in_place.arguments}, {needs}) -> ({gradients})")
+            torch.library.register_fake(f"{namespace}::{name}_backward_", in_place.fake, lib=library)
+
         operators = getattr(torch.ops, namespace)
         self.backend = backend
         self.function = spec.function
         self.op = getattr(operators, name).default
         self.forward = getattr(operators, f"{name}_forward").default
         self.backward = getattr(operators, f"{name}_backward").default
+        self.backward_in_place = getattr(operators, f"{name}_backward_").default if in_place is not None else None
 
         def no_gradient(*arguments: Any) -> Tensor:
             return self.forward(*arguments, False)[0]

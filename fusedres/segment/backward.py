@@ -27,6 +27,7 @@ class Backward:
         shared: whether both come from one argument, whose gradient is then a sum.
         y, mask: what tells the slope of the last activation.
         needs: which gradients are wanted: of x, the shortcut, and each step's arguments.
+        owned: whether nobody else will ever read the convolutions' results, so that gradients may be written over them.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class Backward:
         mask: Tensor | None,
         links: list[Kept],
         needs: Sequence[bool],
+        owned: bool,
     ) -> None:
-        self.plan, self.x, self.source, self.shared = plan, x, source, shared
+        self.plan, self.x, self.source, self.shared, self.owned = plan, x, source, shared, owned
         self.y, self.mask, self.links, self.needs = y, mask, links, needs
         self.wants_source = needs[0 if shared else 1]
         self.into_source: Tensor | None = None  # the shortcut's gradient
@@ -106,7 +108,7 @@ class Backward:
             return None
         y = y if step.act.from_output and step.act is not IDENTITY else None
         operators, link = self.plan.operators[index], self.links[index]
-        dx, dweight, dbias, *_ = _normalise_backward(operators, step, dy, y, None, link, wanted)
+        dx, dweight, dbias, *_ = _normalise_backward(operators, step, dy, y, None, link, wanted, self.owned)
         self._store(index, 2, dweight, dbias)
         return dx if wants_output else None
 
@@ -129,7 +131,17 @@ class Backward:
         dx = None
         if any(wanted):
             dx, dweight, dbias, found, dweight_r, dbias_r, _ = _normalise_backward(
-                self.plan.operators[index], step, dy, self.y, self.mask, link, wanted, residual, projection, link_r
+                self.plan.operators[index],
+                step,
+                dy,
+                self.y,
+                self.mask,
+                link,
+                wanted,
+                self.owned,
+                residual,
+                projection,
+                link_r,
             )
             self._store(index, 2, dweight, dbias)
             dr = found if wanted[3] else dr
@@ -198,17 +210,27 @@ def _normalise_backward(
     mask: Tensor | None,
     link: Kept,
     wanted: list[bool],
+    owned: bool,
     residual: Tensor | None = None,
     projection: Step | None = None,
     link_r: Kept | None = None,
 ) -> tuple[Tensor, ...]:
-    """The seven gradients of `ops.bn_act`."""
+    """The seven gradients of `ops.bn_act`; those of convolutions' results over these, where they are owned."""
     shortcut, source_r = (None, None, kernels.nothing(dy)), Statistics.ABSENT.value
     if projection is not None and link_r is not None:
         shortcut, source_r = (link_r.norm_weight, link_r.norm_bias, link_r.stats), statistics_of(projection.norm)
     branch = link.output, link.norm_weight, link.norm_bias, link.stats
     sources = statistics_of(step.norm), source_r
-    return operators.backward(dy, y, mask, *branch, residual, *shortcut, None, *sources, step.act.code, wanted)
+    arguments = dy, y, mask, *branch, residual, *shortcut, None, *sources, step.act.code, wanted
+    run = operators.backward_in_place
+    if run is None or not owned or (residual is not None and projection is None):
+        return operators.backward(*arguments)
+    dx, dweight, dbias, dr, *rest = run(*arguments)
+    if wanted[0] and link.output is not None:
+        dx = link.output
+    if wanted[3] and residual is not None:
+        dr = residual
+    return dx, dweight, dbias, dr, *rest
 
 
 def _activate_again(operators: kernels.Operators, step: Step, link: Kept) -> Tensor:

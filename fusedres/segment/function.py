@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _autograd
 from torch.autograd.function import once_differentiable
 
 from fusedres.epilogue import IDENTITY
@@ -44,6 +45,8 @@ class SegmentFunction(torch.autograd.Function):
                 kept += _kept(plan, needs, index + 1, projection, weight_r, source, residual, stats_r)
 
         ctx.plan = plan
+        # Hooks may hold what is saved.
+        ctx.is_hooked = _autograd._top_saved_tensors_default_hooks(True) is not None
         act = plan.chain[-1].act
         has_mask = mask.numel() > 0
         ctx.save_for_backward(
@@ -70,13 +73,20 @@ class SegmentFunction(torch.autograd.Function):
         del kept
         if source is None:
             source = cast if shortcut is None else shortcut
-        walk = Backward(plan, cast, source, shortcut is None, y, mask, links, needs)
+        walk = Backward(plan, cast, source, shortcut is None, y, mask, links, needs, _is_owned(ctx))
         del y, mask
         dx, d_shortcut, *found = walk.run(dy)
         dx = dx if dx is None else gradients.cast(dx, x.dtype)
         if d_shortcut is not None and shortcut is not None:
             d_shortcut = gradients.cast(d_shortcut, shortcut.dtype)
         return None, dx, d_shortcut, *found
+
+
+def _is_owned(ctx: Any) -> bool:
+    """Whether nobody else will ever read what came up in the forward and was saved."""
+    if torch.compiler.is_compiling() or ctx.is_hooked:
+        return False
+    return not _autograd._get_current_graph_task_keep_graph()
 
 
 def apply(plan: Plan, x: Tensor, shortcut: Tensor | None, function: type = SegmentFunction) -> Tensor:
