@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import _gpu_page  # noqa: E402
 
 from fusedres.bench import charts  # noqa: E402
-from fusedres.bench.timing import Ratio  # noqa: E402
+from fusedres.bench.timing import Ratio, speedup  # noqa: E402
 from fusedres.machine import PAGES_KEPT  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,7 +42,9 @@ PEERS = (
     "openvino",
     "loop, same bytes",
 )
+FLOOR = "loop, same bytes"  # no contestant: what it takes to move the bytes
 TRADEOFF = "memory policies"
+ERROR = "error outputs"
 TASKS = ("training step", "inference")
 CONDITIONS = ("device", "cpu", "threads", "torch", "fusedres", "commit", "malloc", "python")
 RATES = (
@@ -66,6 +68,17 @@ class Race:
     def shown(self) -> list[str]:
         """What the README and the charts compare with eager: ours, and whoever else ran."""
         return [*self.ours, *(name for name in PEERS if name in self.entries)]
+
+    @property
+    def fastest(self) -> str:
+        """Of ours."""
+        return min(self.ours, key=self.milliseconds)
+
+    def beside_others(self) -> dict[str, Ratio]:
+        """How many times as fast as each of the others the fastest of ours is, by paired rounds."""
+        ours = self.entries[self.fastest]["stats"]["data"]
+        others = (name for name in PEERS if name in self.entries and name != FLOOR)
+        return {name: speedup(self.entries[name]["stats"]["data"], ours) for name in others}
 
     def ratio(self, name: str) -> Ratio:
         facts = self.entries[name]["extra_info"]
@@ -183,6 +196,34 @@ def section(run: Run) -> Iterator[str]:
             cells += [f"{facts[rate]:.1f} ({facts[share]:.0%})" if rate in facts else "" for rate, _, share in rates]
         yield f"| {race.name} | {' | '.join(cells)} |"
     yield ""
+    yield from _beside_others(run, names)
+    yield from _errors(run, names)
+
+
+def _beside_others(run: Run, names: list[str]) -> Iterator[str]:
+    """Every other contestant beside the fastest of ours; eager is in the table above."""
+    others = [name for name in names if name in PEERS and name != FLOOR]
+    if not others:
+        return
+    yield f"| race | fastest of ours | {' | '.join(f'{name} / it [95 %]' for name in others)} |"
+    yield "|---" * (2 + len(others)) + "|"
+    for race in run.races:
+        ratios = race.beside_others()
+        cells = [bold(ratios[name]) if name in ratios else "" for name in others]
+        yield f"| {race.name} | {race.fastest} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _errors(run: Run, names: list[str]) -> Iterator[str]:
+    """How far a network's outputs are from fp64's."""
+    if not any(ERROR in _facts(race, name) for race in run.races for name in names):
+        return
+    yield f"| {ERROR} | {' | '.join(names)} |"
+    yield "|---" * (1 + len(names)) + "|"
+    for race in run.races:
+        errors = [_facts(race, name).get(ERROR) for name in names]
+        yield f"| {race.name} | {' | '.join('' if error is None else f'{error:.2e}' for error in errors)} |"
+    yield ""
 
 
 def _tradeoff(race: Race) -> Iterator[str]:
@@ -203,9 +244,10 @@ def slower(found: list[Run]) -> Iterator[str]:
     lost, undecided = [], []
     for run in found:
         for race in run.races:
-            for name in race.ours:
-                ratio = race.ratio(name)
-                line = f"- {race.name}, {name}: {bold(ratio)} ({run.title})"
+            beside_eager = {name: race.ratio(name) for name in race.ours}
+            others = {f"{race.fastest} beside {name}": ratio for name, ratio in race.beside_others().items()}
+            for what, ratio in (beside_eager | others).items():
+                line = f"- {race.name}, {what}: {bold(ratio)} ({run.title})"
                 if ratio.high < 1:
                     lost.append(line)
                 elif ratio.low < 1:

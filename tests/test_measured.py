@@ -68,7 +68,7 @@ def result(contestant, speedup, low, high):
         "fullname": f"benchmarks/test_models.py::test_model[a network-{contestant}]",
         "params": {"contestant": contestant},
         "extra_info": facts,
-        "stats": {"median": 0.5},
+        "stats": {"median": 0.5, "data": [0.5, 0.5, 0.5]},
     }
 
 
@@ -89,6 +89,37 @@ def test_lost_races_and_rates_are_told(tmp_path):
     assert f"    OMP_NUM_THREADS=3 {command} -k resnet18 --benchmark-json=FILE" in page
     path.write_text(json.dumps({"benchmarks": found}))
     assert f"    OMP_NUM_THREADS=3 {command} --benchmark-json=FILE" in measured.page([measured.Run.read(path)])
+
+
+def test_the_fastest_of_ours_is_told_beside_every_other(tmp_path):
+    path = tmp_path / "device" / "2026-01-01-models.json"
+    path.parent.mkdir()
+    times = {"eager": 3.0, "fusedres": 2.0, "fusedres.optimize": 1.0, "openvino": 0.5, "torch.compile": 2.0}
+    found = [result(name, 3.0 / time, 3.0 / time, 3.0 / time) for name, time in times.items()]
+    for entry, time in zip(found, times.values(), strict=True):
+        entry["stats"] = {"median": time, "data": [time, time, time]}
+    found[-1]["stats"]["data"] = [0.9, 2.0, 2.1]
+    found[2]["extra_info"]["error outputs"] = 0.00345
+    path.write_text(json.dumps({"benchmarks": found}))
+    page = measured.page([measured.Run.read(path)])
+    beside = "| a network | fusedres.optimize | **0.50** [0.50, 0.50] | **2.00** [0.90, 2.10] |"
+    assert (
+        f"| race | fastest of ours | openvino / it [95 %] | torch.compile / it [95 %] |\n|---|---|---|---|\n{beside}"
+        in page
+    )
+    _, _, lost = page.partition("## When it is slower")
+    where = "(device, 2026-01-01-models)"
+    assert f"\n\n- a network, fusedres.optimize beside openvino: **0.50** [0.50, 0.50] {where}\n\nNeither" in lost
+    assert f"- a network, fusedres.optimize beside torch.compile: **2.00** [0.90, 2.10] {where}" in lost
+    assert "| a network |  |  | 3.45e-03 |  |  |" in page
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.path.stem)
+def test_in_bfloat16_outputs_are_as_exact_as_a_compilers(run):
+    for race in run.races:
+        if "bf16" in race.name and "inference" in race.name:
+            errors = {name: entry["extra_info"]["error outputs"] for name, entry in race.entries.items()}
+            assert errors["fusedres.optimize"] <= errors["torch.compile, freezing"], race.name
 
 
 def test_memory_is_told_beside_time_as_far_as_it_was_counted(tmp_path):
