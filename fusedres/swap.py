@@ -8,7 +8,6 @@ without fusedres.
 from __future__ import annotations
 
 import copy
-import threading
 from abc import ABCMeta
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 
 from fusedres.memo import forget
 from fusedres.residual import Host, Residual, hosts_objection, run
-
-_copying = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -77,22 +74,20 @@ class Swapped:
         return (function, tuple(class_of(self) if argument is cls else argument for argument in arguments), *state)
 
     def __copy__(self) -> Any:
-        return self._copied(copy.copy)
+        return self._copied("__copy__", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self._copied(partial(copy.deepcopy, memo=memo))
+        return self._copied("__deepcopy__", memo)
 
-    def _copied(self, copier: Callable[[Any], Any]) -> Any:
-        """Copied as its original class copies itself, and swapped like it."""
+    def _copied(self, method: str, memo: dict[int, Any] | None) -> Any:
+        """Copied as its original class copies itself, and swapped like it; meanwhile it is called as ever."""
         forget(self)  # pyright: ignore[reportArgumentType]
-        cls = type(self)
-        with _copying:
-            self.__class__ = class_of(self)
-            try:
-                twin = copier(self)
-            finally:
-                self.__class__ = cls
-        twin.__class__ = cls
+        own = getattr(class_of(self), method, None)
+        if own is not None:
+            twin = own(self) if memo is None else own(self, memo)
+        else:
+            twin = copy._reconstruct(self, memo, *super().__reduce_ex__(4))  # pyright: ignore[reportAttributeAccessIssue]
+        twin.__class__ = type(self)
         return twin
 
 

@@ -338,6 +338,10 @@ def test_a_backend_of_convolutions_alone_leaves_the_rest_to_eagers_operators(
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="takes a model in eval mode, and this one is in training"):
         fusedres.optimize(nn.Conv2d(3, 3, 1))
+    nowhere = nn.Sequential(nn.Conv2d(3, 3, 1)).eval().to("meta")
+    with pytest.raises(ValueError, match="the parameters are on meta; move the model to a device that computes"):
+        fusedres.optimize(nowhere)
+    assert type(nowhere) is nn.Sequential
     for function in (fusedres.optimize, fusedres.unoptimize):
         with pytest.raises(TypeError, match=r"takes an nn\.Module, got str"):
             function("resnet50")  # pyright: ignore[reportArgumentType]

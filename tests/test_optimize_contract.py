@@ -6,6 +6,8 @@ import copy
 import gc
 import io
 import pickle
+import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -257,6 +259,60 @@ def test_eight_threads_on_one_model_get_the_same_results() -> None:
             assert_close(y, eager, t)
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, pickle.dumps])
+def test_it_serves_while_it_is_copied(duplicate: Callable[[nn.Module], object]) -> None:
+    model, _ = pair()
+    x = images()
+    done = threading.Event()
+
+    def call(_: int) -> list[Tensor]:
+        with torch.no_grad():
+            return [model(x) for _ in range(100)]
+
+    def copies() -> None:
+        while not done.is_set():
+            duplicate(model)
+
+    expected = call(0)[0]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            pool.submit(copies)
+            try:
+                results = [y for found in pool.map(call, range(2)) for y in found]
+            finally:
+                done.set()
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(y, expected) for y in results)
+
+
+class Owner(nn.Sequential):
+    """Copies itself, and is held by what it holds."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__(*modules)
+        self.held = [self]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Owner:
+        twin = type(self)(*copy.deepcopy(list(self.children()), memo)).eval()
+        twin.copied = True
+        return twin
+
+
+def test_a_copy_is_made_the_classs_own_way_and_keeps_its_circles() -> None:
+    x = images()
+    for model in (Owner(*pair()[1]).eval(), nn.Sequential(*pair()[1]).eval()):
+        model.held = [model]
+        fusedres.optimize(model)
+        twin = copy.deepcopy(model)
+        assert type(twin) is type(model) and twin.held[0] is twin
+        assert getattr(twin, "copied", False) == isinstance(model, Owner)
+        with torch.no_grad():
+            assert torch.equal(twin(x), model(x))
+
+
 def test_a_plan_made_in_inference_mode_serves_outside_of_it_and_the_other_way_round() -> None:
     eager, x = network(), images()
     model = copy.deepcopy(eager)
@@ -266,6 +322,22 @@ def test_a_plan_made_in_inference_mode_serves_outside_of_it_and_the_other_way_ro
     with torch.no_grad():
         assert_close(model(x), eager, x)
         assert_close(model(images(1, 3, 8, 8).mul_(0)), eager, torch.zeros(1, 3, 8, 8))
+
+
+def test_what_was_packed_for_any_size_is_there_before_another_stream_may_read_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settled: list[torch.device] = []
+    monkeypatch.setattr("fusedres.inference.program.settle", settled.append)
+    model, _ = pair()
+    with torch.no_grad():
+        model(images(2, 3, 9, 9))
+        assert not settled  # packed with the first plan
+        (program,) = inference._programs[model].values()
+        program._packed.popitem()
+        model(images(2, 3, 11, 11))
+        model(images(2, 3, 11, 11))
+    assert settled == [torch.device("cpu")]
 
 
 def test_a_plan_is_not_made_in_a_cuda_graphs_capture(monkeypatch: pytest.MonkeyPatch) -> None:

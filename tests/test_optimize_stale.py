@@ -42,6 +42,20 @@ def step(model: nn.Module) -> None:
     optimizer.step()
 
 
+def fused_step(kind: type[torch.optim.Optimizer]) -> Callable[[nn.Module], None]:
+    """Its kernel doesn't tell the parameters' versions."""
+
+    def apply(model: nn.Module) -> None:
+        optimizer = kind(model.parameters(), lr=0.1, fused=True)  # pyright: ignore[reportCallIssue]
+        model(torch.ones(1, 3, 8, 8)).sum().backward()
+        versions = [parameter._version for parameter in model.parameters()]
+        optimizer.step()
+        assert versions == [parameter._version for parameter in model.parameters()]
+        optimizer.zero_grad()
+
+    return apply
+
+
 def train_once(model: nn.Module) -> None:
     """The running statistics move, and nothing else."""
     model.train()
@@ -102,6 +116,10 @@ CHANGES = {
     "load_state_dict": load,
     "load_state_dict(assign=True)": assign,
     "optimizer step": step,
+    "fused SGD": fused_step(torch.optim.SGD),
+    "fused Adam": fused_step(torch.optim.Adam),
+    "fused AdamW": fused_step(torch.optim.AdamW),
+    "fused Adagrad": fused_step(torch.optim.Adagrad),
     "training step": train_once,
     "another parameter": replace_weight,
     "another parameter's data": replace_data,
@@ -193,6 +211,30 @@ def test_what_has_not_changed_is_not_made_again(monkeypatch: pytest.MonkeyPatch)
         with torch.inference_mode():
             model(images())
     assert seen == ["ran"] * 4
+
+
+def test_a_step_that_moves_another_model_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = pair()
+    frozen, other = model[0].weight, nn.Linear(3, 3)
+    optimizer = torch.optim.SGD([*other.parameters(), frozen], 0.1, fused=True)
+    other(torch.ones(3)).sum().backward()
+    with torch.no_grad(), counting(monkeypatch) as seen:
+        for _ in range(2):
+            optimizer.step()
+            model(images())
+    assert seen == ["ran"] * 2
+
+
+def test_a_compiled_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, eager = pair()
+    x = images()
+    for module in (model, eager):
+        optimizer = torch.optim.SGD(module.parameters(), 0.1, fused=module is model)
+        module(torch.ones(1, 3, 8, 8)).sum().backward()
+        torch.compile(optimizer.step, backend="aot_eager")()
+    with torch.no_grad(), counting(monkeypatch) as seen:
+        assert_close(model(x), eager, x)
+    assert seen == ["made"]
 
 
 def test_a_move_to_another_dtype_and_back_is_noticed() -> None:

@@ -56,8 +56,6 @@ def _make(module: nn.Module, mode: Mode, x: Tensor) -> Tensor:
         y = program.bind(x)
         if module in _graphed and graphs.serve(mode.device):
             y = program.capture(x, _graphed[module])
-        if mode.device.type == "cuda":  # other streams read what was packed as soon as it is published
-            torch.cuda.current_stream(mode.device).synchronize()
         _programs[module] = {**_programs.get(module, _NOTHING), mode: program}
         return y
 
@@ -116,6 +114,8 @@ def mode_of(module: nn.Module, x: Tensor) -> Mode | str:
     else:
         return "it has no convolution"
     device = weight.device
+    if not torch.amp.is_autocast_available(device.type):
+        return f"the parameters are on {device}; move the model to a device that computes, such as the CPU"
     if x.device != device:
         return f"the input is on {x.device} and the parameters on {device}"
     autocast = torch.is_autocast_enabled(device.type)

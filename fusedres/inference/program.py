@@ -53,7 +53,7 @@ class Program:
 
     def _bind(self, x: Tensor) -> Any:
         """Make the plan for inputs of x's sizes; returns the result for x."""
-        bound = []
+        bound, packed = [], len(self._packed)
         values: list[Any] = [in_channels_last(x), *[None] * len(self.flat.steps)]
         with self._binding:
             for step in self.flat.steps:
@@ -61,6 +61,8 @@ class Program:
                 ready, chosen = self._ready(step, given, None if step.residual is None else values[step.residual])
                 advance(values, step, ready.run)
                 bound.append(Bound(step, ready, chosen, _likeness(given), _likeness(values[step.target])))
+            if len(self._packed) > packed:
+                settle(x.device)
             while len(self._plans) >= _MOST_PLANS:
                 del self._plans[next(iter(self._plans))]
             self._plans[x.shape] = Plan(bound)
@@ -183,6 +185,12 @@ class Arena:
                 del self._tapes[next(iter(self._tapes))]
             found = self._tapes[plan] = plan.tape(self._memory)
         return found
+
+
+def settle(device: torch.device) -> None:
+    """Let what was packed be there, since other streams read it as soon as the plan is published."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def refuse_capture() -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import chain
 from operator import attrgetter, itemgetter
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusedres.apart import is_norm
 from fusedres.epilogue import of_module
@@ -19,6 +24,29 @@ _GEOMETRY = itemgetter("stride", "padding", "dilation", "groups", "padding_mode"
 _EPS, _TRAINING, _VERSION = itemgetter("eps"), itemgetter("training"), attrgetter("_version")
 
 
+class _Steps:
+    """The optimizers' steps by number: fused and compiled ones write to parameters without telling their versions."""
+
+    def __init__(self) -> None:
+        self.last = 0
+        self._of = WeakTensorKeyDictionary()  # parameters, and the last step that moved each
+
+    def note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        number = self.last + 1
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._of[parameter] = number
+        self.last = number
+
+    def moved(self, t: Tensor, since: int) -> bool:
+        return (self._of.get(t) or 0) > since
+
+
+_steps = _Steps()
+_listen = cache(lambda: register_optimizer_step_post_hook(_steps.note))
+
+
 class Watch:
     """The children, hooks, modes, settings, parameters and buffers of a module as they are now.
 
@@ -28,6 +56,8 @@ class Watch:
     """
 
     def __init__(self, root: nn.Module, hosts: Hosts, gates: Gates) -> None:
+        _listen()
+        self._step = _steps.last
         modules = list(root.modules())
         self._below = below = modules[1:]
         self._children = [module._modules for module in modules]
@@ -44,7 +74,15 @@ class Watch:
 
     def is_unchanged(self, root: nn.Module) -> bool:
         """Whether all is as it was when the watch began."""
-        return self._look(root) == self._seen
+        return self._look(root) == self._seen and self._step_moved_nothing()
+
+    def _step_moved_nothing(self) -> bool:
+        last = _steps.last
+        if last != self._step:
+            if any(_steps.moved(t, self._step) for t, _ in self._kept):
+                return False
+            self._step = last
+        return True
 
     def _look(self, root: nn.Module) -> tuple[list[object], ...]:
         # Every call pays for this: builtins over lists, no Python for each module.
