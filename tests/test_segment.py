@@ -407,3 +407,23 @@ def test_a_gradient_is_written_over_what_it_is_of_where_nobody_reads_that_again(
     assert walks(nullcontext(), retain_graph=True) == [norms, 0]
     assert walks(saved_tensors_hooks(pack, lambda t: t)) == [norms, 0]
     assert all(torch.equal(t, as_saved) for t, as_saved in held)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["smooth, identity", "smooth, projection", "frozen"])
+def test_only_what_is_owned_and_there_is_written_over(kind, policy, native):
+    fused, _ = BUILDS["basic, identity" if "identity" in kind else "basic, projection"](dtype=torch.float32)
+    if kind == "frozen":
+        fused.eval()
+        for name, parameter in fused.named_parameters():
+            parameter.requires_grad_("conv" in name)
+    else:
+        fused.relu = nn.SiLU()
+    x = input_of(fused, torch.float32).requires_grad_()
+    given = x.detach().clone()
+    wanted = [x, *(parameter for parameter in fused.parameters() if parameter.requires_grad)]
+    with fusedres.set_memory(policy):
+        y = fused(x)
+    assert is_segment(y)
+    elsewhere, over = (torch.autograd.grad(y.square().sum(), wanted, retain_graph=retains) for retains in (True, False))
+    assert all(torch.equal(*gradients) for gradients in zip(elsewhere, over, strict=True)) and torch.equal(x, given)
