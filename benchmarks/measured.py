@@ -158,7 +158,8 @@ def page(found: list[Run]) -> str:
         "without masks. The matmul peak is what `torch.mm` reaches, and a convolution's FLOPs are those of its "
         "definition: Winograd does fewer, and a library's convolutions can be faster than its matrix product. Where "
         "malloc does not keep its pages, part of every difference is page faults and not "
-        "arithmetic.",
+        "arithmetic. [convolutions.md](convolutions.md) and [passes.md](passes.md) have the ladder: what each step of "
+        "the CPU's kernels was predicted to win, and what it won.",
         "",
     ]
     for run in found:
