@@ -45,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # Where there is no terminal to fit, a table gets the width that it needs.
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 _settings = {"debug": False}
 
 
@@ -147,7 +147,9 @@ def bench(
     size: Annotated[int | None, typer.Option(min=8, help="Height and width; the model's own if left out.")] = None,
     dtype: Annotated[Precision, typer.Option(help="What autocast computes in; fp32 is without it.")] = Precision.FP32,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
-    peers: Annotated[bool, typer.Option("--peers", help="onnxruntime and OpenVINO too, where installed.")] = False,
+    peers: Annotated[
+        bool | None, typer.Option(help="onnxruntime and OpenVINO too, where installed; as a rule with --infer.")
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave a contestant out, such as torch.compile.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each contestant is timed.")] = 25,
     seconds: Annotated[float, typer.Option(help="When to stop timing, all rounds run or not.")] = 300.0,
@@ -167,7 +169,8 @@ def bench(
         return
     network = networks.build(model)
     work = Work(model, train, batch, size or networks.image_size(network), DTYPES[dtype.value], where)
-    entries = _entries(ENTRIES | (PEERS if peers else {}), skip or [])
+    wants_peers = peers if peers is not None else not train
+    entries = _entries(ENTRIES | (PEERS if wants_peers else {}), skip or [])
     found = comparison.begin(work, _command())
     status = 0
     try:

@@ -183,8 +183,8 @@ def _packages() -> Iterator[Finding]:
         "typer": ("bench, profile, tune, cache", "pip install 'fusedres[cli]'"),
         "rich": ("bench, profile, tune, cache", "pip install 'fusedres[cli]'"),
         "matplotlib": ("bench, profile, tune, cache", "pip install 'fusedres[cli]'"),
-        "onnxruntime": ("bench --infer --peers", "pip install 'fusedres[peers]'"),
-        "openvino": ("bench --infer --peers", "pip install 'fusedres[peers]'"),
+        "onnxruntime": ("bench --infer", "pip install 'fusedres[peers]'"),
+        "openvino": ("bench --infer", "pip install 'fusedres[peers]'"),
     }
     for package, (purpose, remedy) in remedies.items():
         if find_spec(package) is None:

@@ -323,6 +323,22 @@ def test_the_command_shows_and_writes_the_comparison(run, tmp_path):
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
+def test_inference_is_raced_with_installed_peers_and_tells_errors(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("fusedres.bench.contestants.find_spec", lambda name: None)
+    rows = str(tmp_path / "out.csv")
+    skip = [word for name in ("torch.compile, freezing", "oneDNN post-ops") for word in ("--skip", name)]
+    status, printed, _ = run(*BENCH, "--infer", *skip, "--csv", rows)
+    assert status == 0
+    assert "error outputs" in printed
+    for name in ("onnxruntime", "openvino"):
+        assert f"{name}: not compared: {name} is not installed; pip install 'fusedres[peers]'" in printed
+    with open(rows) as file:
+        errors = {row["contestant"]: row["error outputs"] for row in csv.DictReader(file)}
+    assert 0 < float(errors["fusedres.optimize"]) < 1e-5 and not errors["openvino"]
+    _, printed, _ = run(*BENCH, "--infer", *skip, "--no-peers")
+    assert "openvino" not in printed
+
+
 def test_an_interrupted_command_shows_and_writes_what_there_is(run, tmp_path, monkeypatch):
     def race(steps, given, found, *, on_round, **_):
         on_round()
