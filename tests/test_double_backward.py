@@ -7,6 +7,8 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
+import fusedres
+
 BUILDS = {
     "identity": lambda: pair("BasicBlock", 2, 2),
     "projection": lambda: pair("BasicBlock", 2, 3, 2),
@@ -58,6 +60,25 @@ def test_a_gradient_penalty_has_eagers_gradients(build, training, backend):
     for name, gradient in expected.items():
         assert_same(f"d {name}", actual[name], gradient, exact=backend == "reference")
     assert all(norm.num_batches_tracked == training for norm in blocks[0].modules() if isinstance(norm, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("policy", ["lean", "min"])
+@pytest.mark.parametrize("build", ["projection", "bottleneck"])
+def test_whatever_was_kept_every_second_gradient_is_eagers(build, policy, training, backend):
+    """Of x and every parameter, in one walk with what the output itself gives them."""
+    x, found = sample(3, 2, 6, 6), []
+    for block in BUILDS[build]():
+        leaves = {"x": x.clone().requires_grad_()} | dict(block.train(training).named_parameters())
+        with fusedres.set_memory(policy):
+            y = block(leaves["x"]).square().sum()
+        gradients = torch.autograd.grad(y, leaves.values(), create_graph=True)
+        (y + sum(gradient.square().sum() for gradient in gradients)).backward()
+        found.append({name: t.grad for name, t in leaves.items()})
+    actual, expected = found
+    bar = 1e-12 * max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=bar * (backend != "reference"))
 
 
 class SpelledOutBatchNorm2d(nn.BatchNorm2d):

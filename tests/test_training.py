@@ -19,6 +19,7 @@ from eager import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import fusedres
 from fusedres.testing import import_torchvision
 
 FrozenBatchNorm2d = import_torchvision().ops.FrozenBatchNorm2d
@@ -126,13 +127,27 @@ def test_grad_scaler_skips_steps_whose_half_gradients_overflow_as_with_eager(dev
     assert skipped and before == last, "some steps are skipped, and some are not"
 
 
+@pytest.mark.parametrize("policy", ["fast", "lean", "min"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing_gives_eagers_gradients_and_statistics(use_reentrant, backend):
-    fused, eager = projection_pair()
-    x = sample()
+@pytest.mark.parametrize("block", ["projection", "bottleneck"])
+def test_activation_checkpointing_gives_eagers_gradients_and_statistics(block, use_reentrant, policy, backend):
+    fused, eager = pair(*BLOCKS[block])
     run = partial(checkpoint, use_reentrant=use_reentrant)
-    assert_matches_eager(Checkpointed(fused, run), Checkpointed(eager, run), x)
+    with fusedres.set_memory(policy):
+        assert_matches_eager(Checkpointed(fused, run), Checkpointed(eager, run), sample())
     assert fused.bn1.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("policy", ["lean", "min"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_under_autocast_is_as_accurate_as_eager(use_reentrant, policy, autocast, backend):
+    run = partial(checkpoint, use_reentrant=use_reentrant)
+    with fusedres.set_memory(policy):
+        assert_as_accurate_as_eager(
+            lambda: tuple(Checkpointed(block, run) for block in fp32_pair(*BLOCKS["bottleneck"])),
+            lambda: sample(4, 4, 8, 8, dtype=torch.float32),
+            context=autocast,
+        )
 
 
 class Checkpointed(nn.Module):
@@ -142,6 +157,19 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         return self.run(self.block, x)
+
+
+@pytest.mark.parametrize("policy", ["fast", "lean", "min"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_under_autocast_a_retained_graph_gives_the_same_bits_again(block, policy, autocast, kernel_backend):
+    fused, _ = fp32_pair(*BLOCKS[block])
+    leaves = [sample(dtype=torch.float32).requires_grad_(), *fused.parameters()]
+    with fusedres.set_memory(policy), autocast():
+        y = fused(leaves[0])
+    dy = torch.randn_like(y)
+    first, second, last = (torch.autograd.grad(y, leaves, dy, retain_graph=kept) for kept in (True, True, False))
+    for index, expected in enumerate(first):
+        assert torch.equal(second[index], expected) and torch.equal(last[index], expected), index
 
 
 @pytest.mark.parametrize("build", [identity_pair, projection_pair])
