@@ -6,7 +6,10 @@ import copy
 
 import pytest
 import torch
-from training_steps import ATEN, Operations, block_and_input, relative_error, step
+import torch.nn.functional as F
+from torch import nn
+from torchvision_models import resnet
+from training_steps import ATEN, Operations, block_and_input, channels_last, relative_error, step
 
 import fusedres
 from fusedres import dispatch
@@ -104,3 +107,48 @@ def test_elsewhere_convolutions_are_atens_but_for_weights_in_channels_last(case,
         _, count = step(fused, x)
     dispatch.clear()
     assert count == ATEN | {"conv_dweight": 2 if case == "switched off" else 0}
+
+
+def float32_body():
+    """Its stem's convolution, 1x1 and strided ones would be aten's, whose sums depend on the threads."""
+    return nn.Sequential(*[resnet.BasicBlock(32, 32) for _ in range(3)])
+
+
+def bfloat16_body():
+    def projection(inputs, outputs):
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2, bias=False), nn.BatchNorm2d(outputs))
+
+    stem = nn.Conv2d(3, 40, 3, padding=1, bias=False), nn.BatchNorm2d(40), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    blocks = (
+        resnet.BasicBlock(40, 40),
+        resnet.BasicBlock(40, 64, 2, projection(40, 64)),
+        resnet.Bottleneck(64, 8, 2, projection(64, 32)),
+    )
+    return nn.Sequential(*stem, *blocks)
+
+
+@pytest.mark.parametrize(
+    "build, sizes, dtype",
+    [(float32_body, (8, 32, 32, 32), torch.float32), (bfloat16_body, (8, 3, 64, 64), torch.bfloat16)],
+    ids=["float32", "autocast"],
+)
+def test_a_training_step_of_a_network_is_the_same_bits_whatever_the_threads(build, sizes, dtype):
+    model = nn.Sequential(build(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    fusedres.fuse(model.to(memory_format=torch.channels_last))
+    x, results, threads = channels_last(torch.randn(sizes)), [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            twin = copy.deepcopy(model)
+            with Operations() as operations:
+                with torch.autocast("cpu", enabled=dtype is torch.bfloat16):
+                    loss = F.cross_entropy(twin(x), torch.arange(8))
+                loss.backward()
+            assert not operations.count["convolution"] and not operations.gradients
+            gradients = {f"d {name}": p.grad for name, p in twin.named_parameters()}
+            results.append({"loss": loss.detach()} | gradients | dict(twin.named_buffers()))
+    finally:
+        torch.set_num_threads(threads)
+    for count, found in enumerate(results[1:], 2):
+        different = [name for name, expected in results[0].items() if not torch.equal(found[name], expected)]
+        assert not different, f"with {count} threads: {different}"

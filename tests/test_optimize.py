@@ -216,6 +216,24 @@ def test_one_plan_serves_every_batch_and_size() -> None:
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_network_gives_the_same_bits_whatever_the_threads(dtype: torch.dtype, block: type[nn.Module]) -> None:
+    model = make(lambda: resnet.ResNet(block, [1, 1, 1, 1], num_classes=7)).to(dtype)
+    ours, report = optimized(model.to(memory_format=torch.channels_last))
+    assert {line.backend for line in report.convolutions} == {"native"}
+    x, threads = batch(64, dtype=dtype).contiguous(memory_format=torch.channels_last), torch.get_num_threads()
+    expected = outputs(ours, x)
+    try:
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            for planned in (ours, optimized(model)[0]):
+                assert torch.equal(outputs(planned, x), expected), count
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("native")
 def test_the_report_tells_every_step() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1),
