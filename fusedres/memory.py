@@ -37,7 +37,8 @@ def of_block(block: nn.Module) -> Memory:
 class set_memory:  # noqa: N801  called like a function, as torch.set_grad_enabled is
     """Choose what fused blocks keep for their backward: "fast", "lean" or "min" (see `fusedres.memory`).
 
-    It holds from the call on; as a context manager, until the block of code ends.
+    It holds from the call on; as a context manager, until the block of code ends. What `torch.utils.checkpoint` runs
+    again in the backward goes by the policy that holds then: let the context last until then, or give the model one.
 
     Args:
         policy: its name.
