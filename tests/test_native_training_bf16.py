@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 from typing import NamedTuple
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from eager import pair, sample
+from test_native_convolution import CHANNELS, any_windows, whatever_it_thinks_of
 from test_native_training import operators
 from training_steps import channels_last, relative_error
 
@@ -135,6 +138,23 @@ def test_dx_is_the_formula_in_fp64(shape):
         assert torch.equal(in_place, joined)
         added = exact + case.residual
         assert relative_error(joined, added) <= 1.1 * relative_error(added.to(BF16), added)
+
+
+@whatever_it_thinks_of
+@hypothesis.given(any_windows(), CHANNELS, CHANNELS, st.integers(1, 3))
+def test_any_channels_and_any_windows_are_the_formula_in_fp64(windows, inputs, outputs, images):
+    kernel, size, *rest = windows
+    case = Case(Shape(inputs, outputs, kernel, size, images, Geometry(*rest)))
+    y = operators().conv(case.x, case.weight, case.bias, None, *case.windows, 1, False)
+    if rest[0] == (1, 1) and min(case.turned[1]) >= 0:
+        dx = operators().conv(case.dy, case.weight, None, None, *case.turned, 1, True)
+    else:
+        dx = operators().conv_dx(case.dy, case.weight, None, size, *case.windows)
+    dweight = operators().conv_dweight(case.dy, case.x, kernel, *case.windows, 1)
+    given, wanted = [t.double() for t in (case.dy, case.x, case.weight)], (False, True, False)
+    _, exact, _ = reference.conv_backward(*given, case.shape.geometry, wanted, None, False)
+    for found, expected, bar in ((y, case.y(), 2**-8), (dx, case.dx(), 2**-8), (dweight, exact, 1e-6)):
+        assert found.shape == expected.shape and (found - expected).norm() <= bar * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
