@@ -53,9 +53,9 @@ def places(lives: Iterable[Life]) -> tuple[Mapping[int, int], int]:
 
 
 def memory(size: int) -> Tensor:
-    """Bytes that calls in inference mode and outside of it may write to."""
+    """Bytes that calls in inference mode and outside of it may write to, in pages that are there."""
     with torch.inference_mode(False):
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.zeros(size, dtype=torch.uint8)
 
 
 def view(memory: Tensor, at: int, like: Likeness) -> Tensor:

@@ -65,7 +65,11 @@ class Program:
                 settle(x.device)
             while len(self._plans) >= _MOST_PLANS:
                 del self._plans[next(iter(self._plans))]
-            self._plans[x.shape] = Plan(bound)
+            self._plans[x.shape] = plan = Plan(bound)
+        if plan.bytes:
+            held = self._take_arena()
+            held.tape(plan)
+            self._arenas.append(held)
         return self._in_eagers_layout(values[-1], x)
 
     def __call__(self, x: Tensor) -> Any:
@@ -74,10 +78,7 @@ class Program:
             return self._bind(x)
         if not plan.bytes:
             return self._in_eagers_layout(plan.run_apart(in_channels_last(x)), x)
-        try:
-            held = self._arenas.pop()
-        except IndexError:
-            held = Arena()
+        held = self._take_arena()
         try:
             y = held.tape(plan)(in_channels_last(x))
         except Changed:
@@ -85,6 +86,12 @@ class Program:
         finally:
             self._arenas.append(held)
         return self._in_eagers_layout(y, x)
+
+    def _take_arena(self) -> Arena:
+        try:
+            return self._arenas.pop()
+        except IndexError:
+            return Arena()
 
     @property
     def latest(self) -> Plan:
