@@ -1,8 +1,10 @@
 """Training goes on after fuse as it would have: steps, mixed precision, averages, conversions, processes, compilers."""
 
 import copy
+from collections import Counter
 from pathlib import Path
 
+import hugging_face
 import pytest
 import torch
 import torch.multiprocessing as processes
@@ -111,6 +113,33 @@ def test_fuse_in_the_middle_of_training():
             fusedres.fuse(network_)
         losses.append(torch.cat([first, train(network_, steps=3, dtype=torch.float64, seed=1)]))
     torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
+
+
+# name: how to build it, its residual blocks and runs
+FAMILIES = {
+    "torchvision basic": (lambda: resnet.resnet18(), 8),
+    "torchvision ResNeXt": (lambda: resnet.resnext50_32x4d(), 16),
+    "timm with deep stem": (lambda: pytest.importorskip("timm").create_model("resnet26d"), 10),
+    "Hugging Face": (hugging_face.classifier, 5),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_block_of_a_known_family_trains_as_one_function(name, native):
+    build, blocks = FAMILIES[name]
+    model = build().train().to(memory_format=torch.channels_last)
+    fusedres.fuse(model)
+    with dispatch.any_size():
+        y = model(torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last))
+    waiting, found = [getattr(y, "logits", y).grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    kinds = Counter(type(node).__name__ for node in found)
+    assert kinds["SegmentFunctionBackward"] == blocks
+    assert not {"NativeBatchNormBackward0", "BnActBackward", "AddBackward0", "ReluBackward0"} & kinds.keys()
 
 
 def test_an_average_of_the_weights_is_fused_and_follows():
