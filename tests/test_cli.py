@@ -199,6 +199,12 @@ def test_a_cache_that_was_never_used_is_empty(run, monkeypatch, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_what_looks_like_markup_is_printed_as_it_is(run, monkeypatch, tmp_path):
+    home = tmp_path / "[bold]:cat:"
+    monkeypatch.setenv("FUSEDRES_CACHE", str(home))
+    assert run("cache")[1] == f"{home}: 0.0 MiB, empty\n"
+
+
 def test_cache_prunes_what_is_of_an_older_key(run, two_entries):
     status, printed, _ = run("cache", "--prune")
     assert status == 0 and printed.startswith("removed:\n  native-old\n")
