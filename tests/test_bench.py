@@ -70,7 +70,24 @@ def test_wrong_results_of_ours_are_never_timed():
 def test_a_wrong_peer_is_left_out():
     found = compared(work(training=False), {BASELINE: ENTRIES[BASELINE], "peer": wrong})
     assert found.results[0].samples_ms and not found.results[1].samples_ms
+    assert found.results[1].absent.startswith("peer: its outputs are off by")
     assert "not timed" in found.results[1].absent
+
+
+def fails(model, given):
+    raise NotImplementedError("no operator 'aten::[odd]'\nin a graph of many lines")
+
+
+def test_a_peer_that_fails_is_left_out():
+    found = compared(work(training=False), {BASELINE: ENTRIES[BASELINE], "peer": fails})
+    assert found.complete and found.results[0].samples_ms and not found.results[1].samples_ms
+    assert found.results[1].absent == "it fails: NotImplementedError: no operator 'aten::[odd]'"
+
+
+@pytest.mark.parametrize("name", [BASELINE, FUSED, OPTIMIZED])
+def test_what_fails_of_ours_is_an_error(name):
+    with pytest.raises(NotImplementedError):
+        compared(work(training=False), {BASELINE: ENTRIES[BASELINE], name: fails})
 
 
 def test_wrong_gradients_are_wrong_results():
@@ -156,7 +173,7 @@ def test_the_optimized_contestant_agrees_and_has_no_training_step(dtype):
         with pytest.raises(Absent, match="inference only"):
             ENTRIES[name](small_models.tiny(), work())
     with pytest.raises(Absent, match="no convolution found"):
-        ENTRIES[OPTIMIZED](nn.Sequential(nn.Linear(3, 3)), work(training=False))
+        ENTRIES[OPTIMIZED](nn.Sequential(nn.Linear(16, 16)), work(training=False))
 
 
 def test_a_compiled_model_that_is_not_frozen_is_no_contestant(monkeypatch):
@@ -362,6 +379,15 @@ def test_a_wrong_name_is_one_line(run):
 def test_only_a_contestant_that_takes_part_can_be_skipped(run, name):
     status, _, error = run("bench", "small_models:tiny", "--skip", name)
     assert status == 2 and "torch.compile" in error and repr(name) in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words, takes_part",
+    [((), False), (("--peers",), True), (("--infer",), True), (("--infer", "--no-peers"), False)],
+)
+def test_peers_take_part_in_inference_and_where_they_are_asked_for(run, words, takes_part):
+    _, _, error = run("bench", "small_models:tiny", *words, "--skip", "nobody")
+    assert ("openvino" in error) == takes_part
 
 
 def test_ceilings(run, monkeypatch):

@@ -96,7 +96,7 @@ def prepare(
 ) -> dict[str, Step]:
     """Build every contestant and check its results; the comparison gets a result of each as it goes.
 
-    Raises WrongResults where fusedres or the first contestant is wrong; a peer that is wrong is left out.
+    Raises where fusedres or the first contestant is wrong or fails; a peer that is or does is left out.
     """
     fusion.unfuse(model)
     if any(isinstance(module, Block) for module in model.modules()):
@@ -122,12 +122,17 @@ def prepare(
             steps[name] = step
         except Absent as absent:
             result.absent = str(absent)
-        except WrongResults as wrong:
+        except Exception as error:  # whatever a peer makes of a model
             if name.startswith(FUSED) or not steps:
                 raise
-            result.absent = str(wrong)
+            result.absent = str(error) if isinstance(error, WrongResults) else f"it fails: {_line(error)}"
         gc.collect()
     return steps
+
+
+def _line(error: Exception) -> str:
+    """The kind of an error, and how its message begins."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def _is_foreign(step: Step) -> bool:
