@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import re
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from torch import Tensor
 
+from fusedres import build
+from fusedres.native_sources import NATIVE
 from fusedres.ops import Norm, bn_act
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -62,6 +68,47 @@ def test_as_many_threads_work_as_torch_was_told(layout: torch.memory_format) -> 
             assert sum(ns > spent[0] / 10 for ns in spent) == count, spent
     finally:
         torch.set_num_threads(1)
+
+
+IMAGES_ALONE = (64, 64, 3, 56, 1), (512, 512, 3, 7, 1), (1024, 256, 1, 14, 1), (64, 64, 3, 56, 4), (512, 512, 3, 7, 2)
+
+
+def convolutions_of_one_image() -> Iterator[tuple[str, Callable[[], object]]]:
+    ops = torch.ops.fusedres_native
+    for inputs, outputs, kernel, size, tile in IMAGES_ALONE:
+        x, dy = (torch.randn(1, c, size, size).to(memory_format=torch.channels_last) for c in (inputs, outputs))
+        weight, side = torch.randn(outputs, inputs, kernel, kernel), (kernel // 2,) * 2
+        windows = (1, 1), side, (1, 1)
+        for dtype in (torch.float32, torch.bfloat16):
+            image, gradient, taps = x.to(dtype), dy.to(dtype), weight.to(dtype)
+            packed = ops.conv_act_pack(taps, 1, tile)
+            name = f"{inputs} to {outputs}, {kernel}x{kernel} of {size}x{size}, tile {tile}, {dtype}"
+            yield f"y of {name}", partial(ops.conv_act, image, packed, None, None, None, *windows, 1, 1)
+            yield f"dx of {name}", partial(ops.conv, gradient, taps, None, None, *windows, tile, True)
+            yield f"dweight of {name}", partial(ops.conv_dweight, gradient, image, (kernel, kernel), *windows, tile)
+
+
+def report_shares() -> None:
+    """By convolution, the work of the second thread over that of the first."""
+    build.library(NATIVE)
+    torch.set_num_threads(2)
+    shares = {}
+    for name, call in convolutions_of_one_image():
+        call()
+        before = worked()
+        for _ in range(20):
+            call()
+        first, second, *_ = sorted((now - before.get(task, 0) for task, now in worked().items()), reverse=True)
+        shares[name] = second / first
+    sys.stdout.write(json.dumps(shares))
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="reads what Linux counts of every thread")
+def test_two_threads_share_the_work_of_one_image(run_python: Callable[..., CompletedProcess[str]]) -> None:
+    # A thread that waits is to sleep: one that spins counts as one that works.
+    done = run_python("import test_native_threads as t; t.report_shares()", OMP_WAIT_POLICY="passive")
+    shares = json.loads(done.stdout)
+    assert not {name: share for name, share in shares.items() if share < 1 / 4}
 
 
 def test_eight_threads_with_teams_of_their_own_do_not_disturb_each_other(several_threads: int) -> None:
