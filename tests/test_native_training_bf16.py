@@ -10,7 +10,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from eager import pair, sample
-from test_native_convolution import CHANNELS, any_windows, whatever_it_thinks_of
+from test_native_convolution import BOTH, CHANNELS, any_windows, whatever_it_thinks_of
+from test_native_dweight import MOST_ERROR
 from test_native_training import operators
 from training_steps import channels_last, relative_error
 
@@ -111,6 +112,12 @@ class Case:
         assert dx is not None
         return dx
 
+    def dweight(self) -> torch.Tensor:
+        dy, x, weight = (t.double() for t in (self.dy, self.x, self.weight))
+        _, dweight, _ = reference.conv_backward(dy, x, weight, self.shape.geometry, (False, True, False), None, False)
+        assert dweight is not None
+        return dweight
+
 
 @pytest.mark.parametrize("shape", [*DIRECT, *TILED], ids=repr)
 def test_y_is_inferences(shape):
@@ -140,24 +147,52 @@ def test_dx_is_the_formula_in_fp64(shape):
         assert relative_error(joined, added) <= 1.1 * relative_error(added.to(BF16), added)
 
 
+def assert_are_the_formula(case: Case, found: dict[str, torch.Tensor], bar: dict[str, float]) -> None:
+    exact = {"y": case.y(), "dx": case.dx(), "dweight": case.dweight()}
+    for name, value in found.items():
+        assert value.shape == exact[name].shape and value.isfinite().all(), name
+        assert (value - exact[name]).norm() <= bar[name] * exact[name].norm(), name
+
+
 @whatever_it_thinks_of
-@hypothesis.given(any_windows(), CHANNELS, CHANNELS, st.integers(1, 3))
-def test_any_channels_and_any_windows_are_the_formula_in_fp64(windows, inputs, outputs, images):
+@hypothesis.given(any_windows(), CHANNELS, CHANNELS, st.integers(1, 3), st.sampled_from(BOTH))
+def test_any_channels_and_any_windows_are_the_formula_in_fp64(windows, inputs, outputs, images, dtype):
     kernel, size, *rest = windows
     case = Case(Shape(inputs, outputs, kernel, size, images, Geometry(*rest)))
-    y = operators().conv(case.x, case.weight, case.bias, None, *case.windows, 1, False)
+    x, dy, weight = (t.to(dtype) for t in (case.x, case.dy, case.weight))
+    found = {"y": operators().conv(x, weight, case.bias, None, *case.windows, 1, False)}
     if rest[0] == (1, 1) and min(case.turned[1]) >= 0:
-        dx = operators().conv(case.dy, case.weight, None, None, *case.turned, 1, True)
+        found["dx"] = operators().conv(dy, weight, None, None, *case.turned, 1, True)
     else:
-        dx = operators().conv_dx(case.dy, case.weight, None, size, *case.windows)
-    dweight = operators().conv_dweight(case.dy, case.x, kernel, *case.windows, 1)
-    given, wanted = [t.double() for t in (case.dy, case.x, case.weight)], (False, True, False)
-    _, exact, _ = reference.conv_backward(*given, case.shape.geometry, wanted, None, False)
-    for found, expected, bar in ((y, case.y(), 2**-8), (dx, case.dx(), 2**-8), (dweight, exact, 1e-6)):
-        assert found.shape == expected.shape and (found - expected).norm() <= bar * expected.norm()
+        found["dx"] = operators().conv_dx(dy, weight, None, size, *case.windows)
+    found["dweight"] = operators().conv_dweight(dy, x, kernel, *case.windows, 1)
+    rounding = 2**-8 if dtype is BF16 else 1e-6
+    assert_are_the_formula(case, found, {"y": rounding, "dx": rounding, "dweight": 1e-6})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@whatever_it_thinks_of
+@hypothesis.given(
+    st.tuples(*[st.integers(3, 33)] * 2),
+    st.tuples(*[st.integers(0, 2)] * 2),
+    CHANNELS,
+    CHANNELS,
+    st.integers(1, 3),
+    st.sampled_from([(2, torch.float32), (4, torch.float32), (2, BF16), (4, BF16), (7, BF16)]),
+)
+def test_winograds_form_of_any_size_is_the_formula_in_fp64(size, padding, inputs, outputs, images, form):
+    tile, dtype = form
+    case = Case(Shape(inputs, outputs, (3, 3), size, images, Geometry(padding=padding)))
+    x, dy, weight = (t.to(dtype) for t in (case.x, case.dy, case.weight))
+    found = {
+        "y": operators().conv(x, weight, case.bias, None, *case.windows, tile, False),
+        "dx": operators().conv(dy, weight, None, None, *case.turned, tile, True),
+        "dweight": operators().conv_dweight(dy, x, (3, 3), *case.windows, tile),
+    }
+    most = 2**-7 if dtype is BF16 else 2e-6
+    assert_are_the_formula(case, found, {"y": most, "dx": most, "dweight": MOST_ERROR[tile]})
+
+
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
 @pytest.mark.parametrize("shape", STRIDED, ids=repr)
 def test_dx_of_strided_windows_is_the_formula_in_fp64(shape, dtype):
     case = Case(shape)
