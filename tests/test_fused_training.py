@@ -118,16 +118,17 @@ def test_fuse_in_the_middle_of_training():
 # name: how to build it, its residual blocks and runs
 FAMILIES = {
     "torchvision basic": (lambda: resnet.resnet18(), 8),
+    "torchvision bottleneck": (lambda: resnet.resnet50(), 16),
     "torchvision ResNeXt": (lambda: resnet.resnext50_32x4d(), 16),
+    "torchvision wide": (lambda: resnet.wide_resnet50_2(), 16),
     "timm with deep stem": (lambda: pytest.importorskip("timm").create_model("resnet26d"), 10),
     "Hugging Face": (hugging_face.classifier, 5),
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_block_of_a_known_family_trains_as_one_function(name, native):
-    build, blocks = FAMILIES[name]
-    model = build().train().to(memory_format=torch.channels_last)
+def functions_of_a_step(model):
+    """How many of each kind of function autograd has of a forward of a small batch, the model fused."""
+    model.train().to(memory_format=torch.channels_last)
     fusedres.fuse(model)
     with dispatch.any_size():
         y = model(torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last))
@@ -137,9 +138,29 @@ def test_every_block_of_a_known_family_trains_as_one_function(name, native):
         if node is not None and node not in found:
             found.add(node)
             waiting += [before for before, _ in node.next_functions]
-    kinds = Counter(type(node).__name__ for node in found)
+    return Counter(type(node).__name__ for node in found)
+
+
+NOT_FUSED = {"NativeBatchNormBackward0", "AddBackward0", "MulBackward0"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_block_of_a_known_family_trains_as_one_function(name, native):
+    build, blocks = FAMILIES[name]
+    kinds = functions_of_a_step(build())
     assert kinds["SegmentFunctionBackward"] == blocks
-    assert not {"NativeBatchNormBackward0", "BnActBackward", "AddBackward0", "ReluBackward0"} & kinds.keys()
+    assert not (NOT_FUSED | {"BnActBackward", "ReluBackward0"}) & kinds.keys()
+
+
+@pytest.mark.parametrize("name, blocks, projections", [("seresnet18", 8, 3), ("seresnet50", 16, 4)])
+def test_a_block_with_squeeze_and_excite_is_a_segment_to_its_last_convolution(name, blocks, projections, native):
+    kinds = functions_of_a_step(pytest.importorskip("timm").create_model(name))
+    assert kinds["SegmentFunctionBackward"] == blocks
+    assert kinds["ConvolutionFunctionBackward"] == blocks + projections
+    # SE reads the last norm's result, which is therefore one function, and what joins the shortcut is another.
+    assert kinds["BnActBackward"] == blocks + projections
+    assert kinds["AffineActBackward"] == blocks - projections
+    assert not NOT_FUSED & kinds.keys()
 
 
 def test_an_average_of_the_weights_is_fused_and_follows():
