@@ -141,15 +141,16 @@ def test_every_launch_is_on_its_tensors_device(name: str, launches: list[str], m
 
 
 class Operators(TorchDispatchMode):
-    """The operators that run inside, by name, and what they return."""
+    """The operators that run inside and make tensors, by name, and what they make; looks at dtypes are remembered."""
 
-    def __init__(self, seen: Callable[[str, Any], None]) -> None:
+    def __init__(self, seen: Callable[[str, Tensor], None]) -> None:
         super().__init__()
         self.seen = seen
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        self.seen(function.overloadpacket.__name__, result)
+        if isinstance(result, Tensor):
+            self.seen(function.overloadpacket.__name__, result)
         return result
 
 
@@ -165,7 +166,7 @@ def test_nothing_is_copied_in_either_order(name: str, made: None, launches: list
     operators: set[str] = set()
     with Operators(lambda operator, _: operators.add(operator)):
         EVERY[name]()
-    assert operators <= {"empty", "empty_like", "new_empty", "select", "promote_types"}
+    assert operators <= {"empty", "empty_like", "new_empty", "select"}
 
 
 @pytest.mark.parametrize("op", [lambda: forward(BATCH, BATCH), lambda: pool_forward(BATCH)], ids=["bn_act", "stem"])
