@@ -21,6 +21,7 @@ from fusedres.bench.profiling import Row
 from fusedres.bench.timing import Ratio
 
 WIDTH_INCHES, DPI = 9.0, 120
+AXES_POINTS, LINE_POINTS = 225, 15  # how high the axes of a trade-off are, about, and a name
 ROWS_SHOWN = 12
 OURS, THEIRS = "#c4442b", "#8795a1"
 CLASS_COLOURS = {
@@ -86,14 +87,17 @@ def tradeoff(
     """Peak megabytes against milliseconds, a point for each name; nearer to the corner is better."""
     with pyplot.rc_context(_STYLE):
         figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 4.4), layout="constrained")
-        for index, (name, point) in enumerate(points.items()):
-            ours = name.startswith(FUSED)
-            colour, side = (OURS, "right") if ours else (THEIRS, "left")
-            offset = (-9, -4) if ours else (7, (5, -14)[index % 2])  # apart from their neighbours' names
+        most = 1.15 * max(megabytes for _, megabytes in points.values())
+        taken = {OURS: 0.0, THEIRS: 0.0}  # below it are names, in typographic points
+        for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+            colour, side, beside = (OURS, "right", -9) if name.startswith(FUSED) else (THEIRS, "left", 9)
+            height = point[1] / most * AXES_POINTS
+            at = max(height - 4, taken[colour])
+            taken[colour] = at + LINE_POINTS
             axes.scatter(*point, s=70, color=colour)
-            axes.annotate(name, point, offset, textcoords="offset points", color=colour, ha=side)
+            axes.annotate(name, point, (beside, at - height), textcoords="offset points", color=colour, ha=side)
         axes.set_xlim(0, 1.2 * max(milliseconds for milliseconds, _ in points.values()))
-        axes.set_ylim(0, 1.15 * max(megabytes for _, megabytes in points.values()))
+        axes.set_ylim(0, most)
         axes.set_xlabel("milliseconds a step, median")
         axes.set_ylabel("peak MB of a step")
         _finish(figure, path, title, caption, facts)
