@@ -107,8 +107,7 @@ class Backward:
         if not any(wanted):
             return None
         y = y if step.act.from_output and step.act is not IDENTITY else None
-        operators, link = self.plan.operators[index], self.links[index]
-        dx, dweight, dbias, *_ = _normalise_backward(operators, step, dy, y, None, link, wanted, self.owned)
+        dx, dweight, dbias, *_ = self._normalise(index, dy, y, wanted, self.links[index])
         self._store(index, 2, dweight, dbias)
         return dx if wants_output else None
 
@@ -130,18 +129,8 @@ class Backward:
             residual = in_layout_of(link.output, residual)
         dx = None
         if any(wanted):
-            dx, dweight, dbias, found, dweight_r, dbias_r, _ = _normalise_backward(
-                self.plan.operators[index],
-                step,
-                dy,
-                self.y,
-                self.mask,
-                link,
-                wanted,
-                self.owned,
-                residual,
-                projection,
-                link_r,
+            dx, dweight, dbias, found, dweight_r, dbias_r, _ = self._normalise(
+                index, dy, self.y, wanted, link, residual, link_r
             )
             self._store(index, 2, dweight, dbias)
             dr = found if wanted[3] else dr
@@ -154,6 +143,34 @@ class Backward:
         if not self.shared:
             self.found[1] = self.into_source
         return dx if wants_output else None
+
+    def _normalise(
+        self,
+        index: int,
+        dy: Tensor,
+        y: Tensor | None,
+        wanted: list[bool],
+        link: Kept,
+        residual: Tensor | None = None,
+        link_r: Kept | None = None,
+    ) -> tuple[Tensor, ...]:
+        """The seven gradients of `ops.bn_act`; those of convolutions' results over these, where they are owned."""
+        step, projection, operators = self.plan.chain[index], self.plan.projection, self.plan.operators[index]
+        shortcut, source_r = (None, None, kernels.nothing(dy)), Statistics.ABSENT.value
+        if link_r is not None and projection is not None:
+            shortcut, source_r = (link_r.norm_weight, link_r.norm_bias, link_r.stats), statistics_of(projection.norm)
+        branch = link.output, link.norm_weight, link.norm_bias, link.stats
+        sources = statistics_of(step.norm), source_r
+        arguments = dy, y, self.mask, *branch, residual, *shortcut, None, *sources, step.act.code, wanted
+        run = operators.backward_in_place
+        if run is None or not self.owned or (residual is not None and link_r is None):
+            return operators.backward(*arguments)
+        dx, dweight, dbias, dr, *rest = run(*arguments)
+        if wanted[0] and link.output is not None:
+            dx = link.output
+        if wanted[3] and residual is not None:
+            dr = residual
+        return dx, dweight, dbias, dr, *rest
 
     def _projection(self, index: int, step: Step, dy: Tensor) -> Tensor | None:
         """The gradient of what the projection convolved; None where that waits, because dy takes less memory."""
@@ -200,37 +217,6 @@ class Backward:
         if into_source is None or not self.shared:
             return self._convolution(0, step, d_output, self.x, self.needs[0])
         return self._convolution(0, step, d_output, self.x, True, into_source, into_source is not dy)
-
-
-def _normalise_backward(
-    operators: kernels.Operators,
-    step: Step,
-    dy: Tensor,
-    y: Tensor | None,
-    mask: Tensor | None,
-    link: Kept,
-    wanted: list[bool],
-    owned: bool,
-    residual: Tensor | None = None,
-    projection: Step | None = None,
-    link_r: Kept | None = None,
-) -> tuple[Tensor, ...]:
-    """The seven gradients of `ops.bn_act`; those of convolutions' results over these, where they are owned."""
-    shortcut, source_r = (None, None, kernels.nothing(dy)), Statistics.ABSENT.value
-    if projection is not None and link_r is not None:
-        shortcut, source_r = (link_r.norm_weight, link_r.norm_bias, link_r.stats), statistics_of(projection.norm)
-    branch = link.output, link.norm_weight, link.norm_bias, link.stats
-    sources = statistics_of(step.norm), source_r
-    arguments = dy, y, mask, *branch, residual, *shortcut, None, *sources, step.act.code, wanted
-    run = operators.backward_in_place
-    if run is None or not owned or (residual is not None and projection is None):
-        return operators.backward(*arguments)
-    dx, dweight, dbias, dr, *rest = run(*arguments)
-    if wanted[0] and link.output is not None:
-        dx = link.output
-    if wanted[3] and residual is not None:
-        dr = residual
-    return dx, dweight, dbias, dr, *rest
 
 
 def _activate_again(operators: kernels.Operators, step: Step, link: Kept) -> Tensor:
