@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,51 +17,28 @@ from fusedres.backends import Filter, Geometry, Request, cudnn
 from fusedres.epilogue import CATALOGUE, RELU
 from fusedres.ops import contract, conv_act
 
-Sizes = Sequence[int]
 
+def formula(name: str) -> Callable[..., Tensor]:
+    """What torch's function of this name computes of its operands, which come in the order of its schema."""
+    arguments = getattr(torch.ops.aten, name).default._schema.arguments
+    assert not any(argument.kwarg_only or argument.is_write for argument in arguments)
+    names = [argument.name for argument in arguments]
 
-def convolution_relu(
-    self: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-) -> Tensor:
-    return F.conv2d(self, weight, bias, stride, padding, dilation, groups).relu()
+    def compute(*operands: Any) -> Tensor:
+        given = dict(zip(names, operands, strict=True))
+        z, alpha = given.pop("z", None), given.pop("alpha", None)
+        y = F.conv2d(given.pop("self"), **given)
+        if z is not None:
+            y = y + z * (1.0 if alpha is None else alpha)
+        return y.relu()
 
-
-def convolution_add_relu(
-    self: Tensor,
-    weight: Tensor,
-    z: Tensor,
-    alpha: float | None,
-    bias: Tensor | None,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-) -> Tensor:
-    factor = 1.0 if alpha is None else alpha
-    return (F.conv2d(self, weight, bias, stride, padding, dilation, groups) + factor * z).relu()
-
-
-FORMULAS = {"cudnn_convolution_relu": convolution_relu, "cudnn_convolution_add_relu": convolution_add_relu}
+    return compute
 
 
 @pytest.fixture
 def formulas(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, formula in FORMULAS.items():
-        monkeypatch.setattr(torch, name, formula)
-
-
-@pytest.mark.parametrize("name", FORMULAS)
-def test_the_formulas_take_what_torchs_functions_take(name: str) -> None:
-    schema = getattr(torch.ops.aten, name).default._schema
-    code = FORMULAS[name].__code__
-    assert [argument.name for argument in schema.arguments] == [*code.co_varnames[: code.co_argcount]]
-    assert not any(argument.kwarg_only or argument.is_write for argument in schema.arguments)
+    for name in ("cudnn_convolution_relu", "cudnn_convolution_add_relu"):
+        monkeypatch.setattr(torch, name, formula(name))
 
 
 @pytest.mark.usefixtures("formulas")
