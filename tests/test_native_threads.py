@@ -25,6 +25,10 @@ pytestmark = pytest.mark.usefixtures("native")
 
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
 
+counts_threads = pytest.mark.skipif(
+    not Path("/proc/self/schedstat").exists(), reason="only Linux tells how long each thread ran"
+)
+
 
 @pytest.fixture(params=[2, 3])
 def several_threads(request: pytest.FixtureRequest) -> Iterator[int]:
@@ -53,7 +57,7 @@ def worked() -> dict[str, int]:
     return {task.name: int((task / "schedstat").read_text().split()[0]) for task in Path("/proc/self/task").iterdir()}
 
 
-@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="reads what Linux counts of every thread")
+@counts_threads
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_as_many_threads_work_as_torch_was_told(layout: torch.memory_format) -> None:
     x = torch.randn(8, 64, 56, 56).contiguous(memory_format=layout)
@@ -103,7 +107,7 @@ def report_shares() -> None:
     sys.stdout.write(json.dumps(shares))
 
 
-@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="reads what Linux counts of every thread")
+@counts_threads
 def test_two_threads_share_the_work_of_one_image(run_python: Callable[..., CompletedProcess[str]]) -> None:
     # A thread that waits is to sleep: one that spins counts as one that works.
     done = run_python("import test_native_threads as t; t.report_shares()", OMP_WAIT_POLICY="passive")
