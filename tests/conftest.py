@@ -35,7 +35,8 @@ collect_ignore = ["interpreted.py", "interpreted_convolutions.py", "interpreted_
 
 # What the command line needs comes with the extra `cli`; a machine without it still runs everything else.
 if not all(find_spec(package) for package in ("typer", "rich", "matplotlib")):
-    collect_ignore += ["test_api_page.py", "test_bench.py", "test_cli.py", "test_measured.py", "test_profile.py"]
+    collect_ignore += ["test_api_page.py", "test_bench.py", "test_bench_command.py", "test_cli.py"]
+    collect_ignore += ["test_measured.py", "test_profile.py"]
 
 
 def pytest_configure(config):

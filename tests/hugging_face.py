@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-import pytest
+import optional
 
 from fusedres.testing import import_torchvision
 
@@ -19,7 +19,7 @@ LAYERS = {
 
 def modeling() -> ModuleType:
     import_torchvision()  # which transformers imports, and which may not load beside another build of torch
-    return pytest.importorskip("transformers.models.resnet.modeling_resnet")
+    return optional.package("transformers.models.resnet.modeling_resnet")
 
 
 def layer(kind: str):

@@ -2,6 +2,7 @@
 
 import copy
 
+import optional
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from fusedres.proof import prove
 from fusedres.report import Code, Objection
 from fusedres.swap import Fused
 
-timm_layers = pytest.importorskip("timm.layers")
+timm_layers = optional.package("timm.layers")
 
 
 def pair(build):

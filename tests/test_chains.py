@@ -2,6 +2,7 @@
 
 import copy
 
+import optional
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ import fusedres
 from fusedres.report import Code
 from fusedres.swap import Fused
 
-timm = pytest.importorskip("timm")
+timm = optional.package("timm")
 
 
 class Net(nn.Module):

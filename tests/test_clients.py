@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import optional
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from fusedres.residual import Residual, Stage, run
 from fusedres.testing import import_torchvision
 
 torchvision = import_torchvision()
-timm_layers = pytest.importorskip("timm.layers")
-timm_resnet = pytest.importorskip("timm.models.resnet")
+timm_layers = optional.package("timm.layers")
+timm_resnet = optional.package("timm.models.resnet")
 
 BOTTLENECK = Residual(
     (

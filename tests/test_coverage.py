@@ -4,6 +4,7 @@ import fnmatch
 import math
 from functools import cache, partial
 
+import optional
 import pytest
 import torch
 from eager import randomise
@@ -13,7 +14,7 @@ import fusedres
 from fusedres.bench.work import settle
 from fusedres.report import Code
 
-timm = pytest.importorskip("timm")
+timm = optional.package("timm")
 
 TORCHVISION = fnmatch.filter(torchvision.models.list_models(torchvision.models), "*resne[tx]*")
 TIMM = [

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optional
 import pytest
 import torch
 from stub_target import script
@@ -108,7 +109,7 @@ def test_the_binding_links_loads_and_registers_beside_any_torch(tmp_path: Path, 
     (tmp_path / "stub.cu").write_text(STUB + "".join(PASSES.replace("TYPE", e) for e in CUDA_ELEMENTS) + "}\n")
     monkeypatch.setenv("FUSEDRES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FUSEDRES_CUDA_ARCHITECTURES", "90a")
-    pytest.importorskip("pybind11")
+    optional.package("pybind11")
     sources = (Source(str(tmp_path / "stub.cu")), *cuda_bindings("fusedres_linked", "CUDA"))
     target = Target("linked", CSRC, sources, CUDA_FLAGS, CUDA.link_flags, find=nvcc.find)
     schema = torch.library.Library("fusedres_linked", "DEF")

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import hugging_face
+import optional
 import pytest
 import torch
 from detection_blocks import DETECTRON2, MMDET
@@ -20,7 +21,7 @@ from fusedres.report import Code, Objection
 from fusedres.residual import Residual, Stage
 from fusedres.swap import Fused
 
-timm = pytest.importorskip("timm")
+timm = optional.package("timm")
 from timm.layers import (  # noqa: E402
     BatchNormAct2d,
     BlurPool2d,

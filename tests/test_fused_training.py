@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import hugging_face
+import optional
 import pytest
 import torch
 import torch.multiprocessing as processes
@@ -121,7 +122,7 @@ FAMILIES = {
     "torchvision bottleneck": (lambda: resnet.resnet50(), 16),
     "torchvision ResNeXt": (lambda: resnet.resnext50_32x4d(), 16),
     "torchvision wide": (lambda: resnet.wide_resnet50_2(), 16),
-    "timm with deep stem": (lambda: pytest.importorskip("timm").create_model("resnet26d"), 10),
+    "timm with deep stem": (lambda: optional.package("timm").create_model("resnet26d"), 10),
     "Hugging Face": (hugging_face.classifier, 5),
 }
 
@@ -154,7 +155,7 @@ def test_every_block_of_a_known_family_trains_as_one_function(name, native):
 
 @pytest.mark.parametrize("name, blocks, projections", [("seresnet18", 8, 3), ("seresnet50", 16, 4)])
 def test_a_block_with_squeeze_and_excite_is_a_segment_to_its_last_convolution(name, blocks, projections, native):
-    kinds = functions_of_a_step(pytest.importorskip("timm").create_model(name))
+    kinds = functions_of_a_step(optional.package("timm").create_model(name))
     assert kinds["SegmentFunctionBackward"] == blocks
     assert kinds["ConvolutionFunctionBackward"] == blocks + projections
     # SE reads the last norm's result, which is therefore one function, and what joins the shortcut is another.
@@ -164,7 +165,7 @@ def test_a_block_with_squeeze_and_excite_is_a_segment_to_its_last_convolution(na
 
 
 def test_an_average_of_the_weights_is_fused_and_follows():
-    timm_utils = pytest.importorskip("timm.utils")
+    timm_utils = optional.package("timm.utils")
     model, eager = network(torch.float64), network(torch.float64)
     fusedres.fuse(model)
     averages = []
@@ -293,7 +294,7 @@ def test_feature_extractors_of_a_fused_network_see_the_same():
 
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     traced = resnet.resnet18(num_classes=3).double().eval()
-    listed = pytest.importorskip("timm").create_model("resnet10t", features_only=True).double().eval()
+    listed = optional.package("timm").create_model("resnet10t", features_only=True).double().eval()
 
     def features():
         return create_feature_extractor(traced, ["layer1", "layer3.0.relu"])(x), listed(x)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import emulation_target
+import optional
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from fusedres import build, host
 
 @pytest.mark.usefixtures("native")
 def test_the_cpu_librarys_variants_and_which_are_in_use() -> None:
-    pytest.importorskip("pybind11")
+    optional.package("pybind11")
     facts = host.facts()["cpu"]
     assert facts is not None and facts["variants"]["portable"] is True
     for dtype in ("float32", "bfloat16"):
@@ -26,7 +27,7 @@ def test_the_cpu_librarys_variants_and_which_are_in_use() -> None:
 
 @pytest.mark.usefixtures("native")
 def test_the_kernels_facts_are_those_of_the_device() -> None:
-    pytest.importorskip("pybind11")
+    optional.package("pybind11")
     module = host._module()
     found = build.library(emulation_target.target())
     assert module is not None and isinstance(found, build.Library)
@@ -47,6 +48,6 @@ def test_without_pybind11_the_facts_are_none(monkeypatch: pytest.MonkeyPatch, ho
 
 @pytest.mark.usefixtures("native")
 def test_of_a_bad_isa_no_variant_is_in_use(run_python) -> None:
-    pytest.importorskip("pybind11")
+    optional.package("pybind11")
     code = "from fusedres import host; found = host.facts()['cpu']; print(found['float32'], *found['variants'])"
     assert run_python(code, FUSEDRES_CPU_ISA="sse9").stdout.startswith("None portable")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 
+import optional
 import pytest
 import torch
 import torch.nn.functional as F
@@ -319,7 +320,7 @@ class Scaled(nn.Module):
 
 
 def with_attention() -> nn.Module:
-    resnet = pytest.importorskip("timm.models.resnet", reason="timm is not installed")
+    resnet = optional.package("timm.models.resnet")
     return resnet.BasicBlock(4, 4, attn_layer="se")
 
 

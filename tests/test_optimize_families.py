@@ -9,6 +9,7 @@ from itertools import product
 from statistics import geometric_mean
 
 import hugging_face
+import optional
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from torchvision_models import resnet, torchvision
 import fusedres
 from fusedres.swap import Optimized
 
-timm = pytest.importorskip("timm")
+timm = optional.package("timm")
 
 
 def basic(*layers: int) -> Callable[[], nn.Module]:

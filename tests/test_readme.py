@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import hugging_face
+import optional
 import pytest
 from torchvision_models import torchvision
 
@@ -13,7 +14,7 @@ README = Path(__file__).parents[1] / "README.md"
 # what makes the model -> the same model, not downloaded
 MODELS = {
     "torchvision.models.resnet18(weights=": lambda: torchvision.models.resnet18(),
-    "timm.create_model(": lambda: pytest.importorskip("timm").create_model("seresnet50", drop_path_rate=0.1),
+    "timm.create_model(": lambda: optional.package("timm").create_model("seresnet50", drop_path_rate=0.1),
     "transformers.ResNetModel.": lambda: hugging_face.modeling().ResNetModel(hugging_face.modeling().ResNetConfig()),
 }
 

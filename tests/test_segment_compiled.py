@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from eager import assert_same_outcome, observe, pair, sample
-from test_segment import BUILDS, POLICIES, input_of
+from segments import BUILDS, POLICIES, input_of
 from torch import nn
 
 import fusedres

@@ -3,6 +3,7 @@
 import importlib
 import warnings
 
+import optional
 import pytest
 import torch
 from eager import EAGER, assert_same, identity_pair, pair, projection_pair, sample
@@ -237,8 +238,8 @@ def test_export_takes_a_dynamic_batch(strict, blocks):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the exporter's own
 def test_onnx_export_gives_plain_operators(blocks, tmp_path):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript", reason="torch.onnx exports by it")
+    onnx = optional.package("onnx")
+    optional.package("onnxscript")
     fused, _ = blocks
     path = tmp_path / "block.onnx"
     torch.onnx.export(fused.float(), (sample(dtype=torch.float32),), path, verbose=False)
