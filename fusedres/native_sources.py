@@ -84,7 +84,12 @@ PLAIN = ("cpu/arena.cpp", "cpu/conv_pack.cpp", "cpu/facts.cpp", "cpu/isa.cpp", "
 # These include torch's headers, those of the stable ABI: every library's, and the CPU library's alone.
 BINDINGS = ("bindings/operands.cpp", "bindings/tensors.cpp")
 CPU_BINDINGS = ("bindings/bn_act_pool.cpp", "bindings/cpu.cpp", "bindings/head.cpp", "bindings/max_pool.cpp")
-CONVOLUTIONS = ("bindings/conv_act.cpp", "bindings/conv_dweight.cpp", "bindings/conv_training.cpp")
+CONVOLUTIONS = (
+    "bindings/conv_act.cpp",
+    "bindings/conv_dweight.cpp",
+    "bindings/conv_training.cpp",
+    "bindings/recording.cpp",
+)
 
 CUDA_FLAGS = ("-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra")
 

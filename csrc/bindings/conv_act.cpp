@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "../cpu/conv_weights.h"
-#include "../cpu/isa.h"
 #include "operands.h"
+#include "recording.h"
 
 namespace fusedres {
 namespace {
@@ -77,11 +77,10 @@ void run_conv_act(const Tensor& x, const Tensor& packed, const OptionalTensor& b
   STD_TORCH_CHECK(x.size(1) == groups * packed.size(1), "conv_act: x has ", x.size(1),
                   " channels, and the weight is for ", groups * packed.size(1));
   const int64_t tile = tile_of(dtype, packed, groups);
-  variant_for(dtype).conv_act({x.size(0), x.size(1), packed.size(0), groups, tile, windows.axis(x, packed, 0),
-                               windows.axis(x, packed, 1), dtype, static_cast<int>(act), x.data_ptr(),
-                               packed.data_ptr(), channels_of(bias, packed, "the bias"),
-                               residual ? residual->data_ptr() : nullptr, y.data_ptr(),
-                               channels_of(scale, packed, "the scale")});
+  run(ConvAct{x.size(0), x.size(1), packed.size(0), groups, tile, windows.axis(x, packed, 0),
+              windows.axis(x, packed, 1), dtype, static_cast<int>(act), x.data_ptr(), packed.data_ptr(),
+              channels_of(bias, packed, "the bias"), residual ? residual->data_ptr() : nullptr, y.data_ptr(),
+              channels_of(scale, packed, "the scale")});
 }
 
 Tensor conv_act(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,

@@ -6,6 +6,7 @@
 
 #include "../cpu/isa.h"
 #include "operands.h"
+#include "recording.h"
 
 namespace fusedres {
 namespace {
@@ -22,8 +23,7 @@ void mean_out(const Tensor& x, const Tensor& y) {
   STD_TORCH_CHECK(is_channels_last(x), "mean: x must be in channels_last");
   STD_TORCH_CHECK(y.numel() == x.size(0) * x.size(1) && y.is_contiguous() && x.size(2) * x.size(3) > 0,
                   "mean: y must have a value for every channel of every image");
-  variant_for(dtype).mean(
-      {x.size(0), x.size(2) * x.size(3), x.size(1), dtype, y_dtype, x.data_ptr(), y.data_ptr()});
+  run(Mean{x.size(0), x.size(2) * x.size(3), x.size(1), dtype, y_dtype, x.data_ptr(), y.data_ptr()});
 }
 
 void connect_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& y) {

@@ -4,8 +4,8 @@
 
 #include <vector>
 
-#include "../cpu/isa.h"
 #include "operands.h"
+#include "recording.h"
 
 namespace fusedres {
 namespace {
@@ -27,11 +27,11 @@ void max_pool_out(const Tensor& x, const std::vector<int64_t>& kernel, const std
   STD_TORCH_CHECK(dtype_of(y) == dtype && y.size(0) == x.size(0) && y.size(1) == x.size(1),
                   "max_pool: y must have x's images, channels and dtype");
   const Pool pool{axis(x, y, 0, kernel, stride, padding), axis(x, y, 1, kernel, stride, padding)};
-  variant_for(dtype).max_pool({{x.size(0), x.size(1), x.size(2) * x.size(3), Order::kPixels},
-                               dtype,
-                               x.data_ptr(),
-                               pool,
-                               y.data_ptr()});
+  run(MaxPool{{x.size(0), x.size(1), x.size(2) * x.size(3), Order::kPixels},
+              dtype,
+              x.data_ptr(),
+              pool,
+              y.data_ptr()});
 }
 
 }  // namespace

@@ -176,7 +176,7 @@ class Convolution:
         forms: (the weight's shape, geometry, x's sizes, dtype) -> the ways to pack by name, the one that `pack` takes
             first; without it there is one way.
         prepare: (x, packed filter, residual, geometry, act, y) -> a call that computes y from what then lies in x and
-            the residual, which may be y.
+            the residual, which may be y. Calls with the same attribute `join` can be made one: join(calls) -> a call.
         scales: whether it multiplies by the filter's scale. Another is given the weight alone where there is one, and
             scale, bias, residual and activation follow in a pass of their own.
         max_pool: (x, kernel, stride, padding, y) -> a call that computes the max-pool y of what then lies in x, both in

@@ -4,6 +4,8 @@
     conv_act(x, packed, bias, scale, residual, ...) -> y = act(conv(x, weight) * scale + bias + residual)
     conv_act_(x, packed, bias, scale, residual, ...): y written over the residual
     conv_act_out(x, packed, bias, scale, residual, ..., y): y written into memory that is there
+    record_begin(like): until record_end(like) -> recording this thread's kernels are noted and not run
+    replay(recording): they are, one after the other, on what then lies where they read
 
 float32 or bfloat16 in channels_last, bias and scale always in float32; sums are in float32 and rounded once. A tile of
 1 is the direct form; of 2, 4 or 7, for 3x3 windows of stride 1, Winograd's in float32, which computes that many rows
@@ -46,6 +48,9 @@ SCHEMAS = (
     "max_pool_out(Tensor x, int[2] kernel, int[2] stride, int[2] padding, Tensor(a!) y) -> ()",
     "mean_out(Tensor x, Tensor(a!) y) -> ()",
     "connect_out(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y) -> ()",
+    "record_begin(Tensor like) -> ()",
+    "record_end(Tensor like) -> Tensor",
+    "replay(Tensor recording) -> ()",
 )
 _LIBRARY = torch.library.Library("fusedres_native", "FRAGMENT")
 for _schema in SCHEMAS:
@@ -82,6 +87,10 @@ def _fake_conv_act(
     return y.permute(0, 3, 1, 2)
 
 
+def _fake_record_end(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.uint8)
+
+
 def _fake_in_place(*arguments: object) -> None:
     pass
 
@@ -94,6 +103,9 @@ for _name, _fake in (
     ("max_pool_out", _fake_in_place),
     ("mean_out", _fake_in_place),
     ("connect_out", _fake_in_place),
+    ("record_begin", _fake_in_place),
+    ("record_end", _fake_record_end),
+    ("replay", _fake_in_place),
 ):
     torch.library.register_fake(f"fusedres_native::{_name}", _fake, lib=_LIBRARY)
 
@@ -199,25 +211,50 @@ def run(
     return residual
 
 
+class _Call(partial[None]):
+    """One of an operator whose kernels can be recorded."""
+
+    @staticmethod
+    def join(calls: Sequence[partial[None]]) -> _Recording:
+        return _Recording(calls)
+
+
+class _Recording:
+    """What several calls come to, with no look at operands and no Python between the kernels."""
+
+    def __init__(self, calls: Sequence[partial[None]]) -> None:
+        operators, (like, *_) = torch.ops.fusedres_native, calls[0].args
+        operators.record_begin(like)
+        try:
+            for call in calls:
+                call()
+        finally:
+            recording = operators.record_end(like)
+        self._calls = calls  # and so the tensors that the kernels point to
+        self._replay = partial(operators.replay.default, recording)
+
+    def __call__(self) -> None:
+        self._replay()
+
+
 def prepare(
     x: Tensor, taps: Filter, residual: Tensor | None, geometry: Geometry, act: Activation, y: Tensor
 ) -> Callable[[], object]:
-    """A call of the operator that nothing is looked at for again."""
     operators, arguments = torch.ops.fusedres_native, (x, *taps, residual, *geometry, act.code)
     if residual is y:
-        return partial(operators.conv_act_.default, *arguments)
-    return partial(operators.conv_act_out.default, *arguments, y)
+        return _Call(operators.conv_act_.default, *arguments)
+    return _Call(operators.conv_act_out.default, *arguments, y)
 
 
 def prepare_max_pool(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], y: Tensor
 ) -> Callable[[], object]:
     """Without the positions that torch's finds as well."""
-    return partial(torch.ops.fusedres_native.max_pool_out.default, x, kernel, stride, padding, y)
+    return _Call(torch.ops.fusedres_native.max_pool_out.default, x, kernel, stride, padding, y)
 
 
 def prepare_mean(x: Tensor, y: Tensor) -> Callable[[], object]:
-    return partial(torch.ops.fusedres_native.mean_out.default, x, y)
+    return _Call(torch.ops.fusedres_native.mean_out.default, x, y)
 
 
 def connect(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

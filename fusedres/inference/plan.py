@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from fusedres.inference.choice import Choice
 from fusedres.inference.steps import Step
 
 Values = list[Any]
+TapeCall = tuple[Callable[..., object], bool]
 
 
 class Changed(Exception):  # noqa: N818  it is an answer
@@ -45,7 +47,7 @@ class Tape(NamedTuple):
     """
 
     values: Values
-    calls: list[tuple[Callable[..., object], bool]]
+    calls: list[TapeCall]
 
     def __call__(self, x: Tensor) -> Any:
         values = self.values.copy()
@@ -79,11 +81,11 @@ class Plan:
     def tape(self, memory: Tensor) -> Tape:
         """The calls, those between places of the memory prepared."""
         values: Values = [None] * (len(self.bound) + 1)
-        tape = Tape(values, [])
+        found: list[TapeCall] = []
         for step, calls, _, given, made in self.bound:
             root = self._roots.get(step.target)
             if root is None or calls.prepare is None or given is None or made is None:
-                tape.calls.append((_Call(step, calls.run), True))
+                found.append((_Call(step, calls.run), True))
                 continue
             y: Tensor = arena.view(memory, self._places[root], made) if root == step.target else values[root]
             scratch = calls.scratch and arena.view(memory, self._places[_scratch_of(step)], calls.scratch)
@@ -92,10 +94,10 @@ class Plan:
             residual: Tensor | None = None if step.residual is None else values[step.residual]
             values[step.target] = y
             if x is None or calls.dtype not in (None, x.dtype) or (step.residual is not None and residual is None):
-                tape.calls.append((write, True))
+                found.append((write, True))
             else:
-                tape.calls.append((write.prepared(x, residual), False))
-        return tape
+                found.append((write.prepared(x, residual), False))
+        return Tape(values, list(_joined(found)))
 
     def run_apart(self, x: Tensor) -> Any:
         """The last step's result, each in memory of its own."""
@@ -103,6 +105,15 @@ class Plan:
         for bound in self.bound:
             advance(values, bound.step, bound.calls.run)
         return values[-1]
+
+
+def _joined(calls: Sequence[TapeCall]) -> Iterator[TapeCall]:
+    """Those in a row that can be one call made one."""
+    for join, row in groupby(calls, key=lambda call: getattr(call[0], "join", None)):
+        if join is None:
+            yield from row
+        else:
+            yield join([call for call, _ in row]), False
 
 
 def advance(values: Values, step: Step, run: Callable[..., Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -68,18 +68,30 @@ class Watch:
         self._acts = [module for module in below if isinstance(module, nn.LeakyReLU | nn.GELU)]
         self._hosts, self._gates = hosts, gates
         self._tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
-        self._seen = self._look(root)
-        # Held with their memory: neither identity nor address may come again while they are compared.
-        self._kept = [(t, t.detach()) for t in self._held(root)]
+        self._seen, self._named = self._look(root), self._tensors_of(root)
+        # Held with their memory: neither identity nor address may come again while they are compared. Counters of
+        # batches are among them: a batch norm that trains tells its running statistics' versions nothing.
+        self._held = [t for t in self._named if t is not None]
+        self._memory = [t.detach() for t in self._held]
+        self._states_seen = self._states()
 
     def is_unchanged(self, root: nn.Module) -> bool:
         """Whether all is as it was when the watch began."""
-        return self._look(root) == self._seen and self._step_moved_nothing()
+        return (
+            self._look(root) == self._seen
+            and self._names_the_same(root)
+            and self._states() == self._states_seen
+            and self._step_moved_nothing()
+        )
+
+    def _names_the_same(self, root: nn.Module) -> bool:
+        named = self._tensors_of(root)
+        return len(named) == len(self._named) and all(map(is_, named, self._named))
 
     def _step_moved_nothing(self) -> bool:
         last = _steps.last
         if last != self._step:
-            if any(_steps.moved(t, self._step) for t, _ in self._kept):
+            if any(_steps.moved(t, self._step) for t in self._held):
                 return False
             self._step = last
         return True
@@ -87,7 +99,7 @@ class Watch:
     def _look(self, root: nn.Module) -> tuple[list[object], ...]:
         # Every call pays for this: builtins over lists, no Python for each module.
         return (
-            [*map(id, chain.from_iterable(map(dict.values, self._children)))],
+            [*chain.from_iterable(map(dict.values, self._children))],
             [*map(type, self._below)],
             [*map(_TRAINING, self._vars)],
             [*map(len, self._hooks)] if any(self._hooks) else [],
@@ -96,20 +108,20 @@ class Watch:
             [*map(_EPS, self._norms)],
             [*map(of_module, self._acts)],
             [hosts_objection(root if module is None else module, hosts) for module, hosts in self._hosts],
-            *self._states(root),
+            [value for value in self._factors(root) if not isinstance(value, Tensor)],
         )
 
-    def _states(self, root: nn.Module) -> tuple[list[object], ...]:
-        held = self._held(root)
-        numbers = [gate for gate in self._values(root) if not isinstance(gate, Tensor)]
+    def _states(self) -> tuple[list[object], ...]:
+        """Of the tensors that were there when the watch began."""
         try:
-            return numbers, [*map(id, held)], [*map(_VERSION, held)], [*map(Tensor.data_ptr, held)]
+            return [*map(_VERSION, self._held)], [*map(Tensor.data_ptr, self._held)]
         except RuntimeError:  # one made in inference mode has no version: it is never known to be unchanged
             return ([object()],)
 
-    def _held(self, root: nn.Module) -> list[Tensor]:
-        held = [t for t in chain.from_iterable(map(dict.values, self._tensors)) if t is not None]
-        return held + [gate for gate in self._values(root) if isinstance(gate, Tensor)]
+    def _tensors_of(self, root: nn.Module) -> list[Tensor | None]:
+        """Parameters, buffers, and factors that are tensors."""
+        factors = [value for value in self._factors(root) if isinstance(value, Tensor)]
+        return [*chain.from_iterable(map(dict.values, self._tensors)), *factors]
 
-    def _values(self, root: nn.Module) -> list[object]:
+    def _factors(self, root: nn.Module) -> list[object]:
         return [getattr(root if module is None else module, name) for module, name in self._gates]
