@@ -171,7 +171,7 @@ def _typical_request(op: str, device: str, dtype: torch.dtype, layout: str) -> R
     A convolution is a 1x1 one of inference, with a residual and 64 channels.
     """
     if op == CONVOLUTION:
-        request = Request(op, device, dtype, layout, "relu", 0, dtype, dtype, layout, group_outputs=64)
+        request = Request(op, device, dtype, layout, "relu", 0, dtype, dtype, layout, group=(64, 64))
         return request._replace(window_positions=1, geometry=Geometry(), tf32=multiplies_tf32(dtype, device))
     statistics = Statistics.ABSENT if op == "affine_act" else Statistics.BATCH
     parameters = torch.promote_types(dtype, torch.float32)

@@ -24,12 +24,13 @@ SHAPES: tuple[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]], ...] = (
     ((2, 35, 8, 11), (17, 35, 3, 1), {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}),
     ((1, 8, 12, 9), (12, 2, 3, 3), {"padding": 2, "dilation": 2, "groups": 4}),
     ((2, 24, 7, 7), (24, 1, 3, 3), {"stride": (1, 2), "padding": 1, "groups": 24}),
+    ((2, 24, 8, 7), (24, 4, 3, 3), {"stride": (2, 1), "padding": 1, "groups": 6}),
     ((4, 16, 1, 1), (8, 16, 1, 1), {}),
     ((2, 1, 5, 6), (3, 1, 2, 3), {}),
     ((0, 8, 5, 5), (4, 8, 3, 3), {}),
 )
 # Few output channels a group, a tensor of both memory orders, and one without elements are other backends'.
-UNSERVED_BY_NATIVE = "output channels of one group|in memory, and its convolutions are in channels_last|x is empty"
+UNSERVED_BY_NATIVE = "outputs of one group|in memory, and its convolutions are in channels_last|x is empty"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 SERVED = [
@@ -87,7 +88,9 @@ def test_against_fp64(
     if backend == "native":
         request.getfixturevalue("native")
     x, weight, bias, residual = operands(shape, taps, geometry, dtype, layout)
-    if backend == "native" and (geometry.get("groups", 1) > 1 or 1 in (shape[1], shape[2] * shape[3]) or shape[0] == 0):
+    groups = geometry.get("groups", 1)
+    few = groups > 1 and not 1 < taps[1] == taps[0] // groups  # channels of a group, which are no bundle
+    if backend == "native" and (few or 1 in (shape[1], shape[2] * shape[3]) or shape[0] == 0):
         with fusedres.use_backend("native"), pytest.raises(dispatch.Unserved, match=UNSERVED_BY_NATIVE):
             conv_act(x, weight, bias, residual=residual, **geometry)
         return
@@ -155,7 +158,9 @@ def test_it_is_served_by_kernels_only_where_they_can() -> None:
     assert served(x.bfloat16(), weight.bfloat16(), bias.bfloat16()) == "native"
     assert served(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), residual=residual) == "reference"
     assert served(x, weight[:, :8], bias, groups=2) == "native"
-    assert served(x, weight[:, :4], bias, groups=4) == "onednn"  # 8 output channels a group
+    assert served(x, weight[:, :4], bias, groups=4) == "onednn"  # 8 outputs a group, of 4 inputs
+    assert served(x, weight[:16, :4], bias[:16], groups=4) == "native"
+    assert served(x, weight[:16, :1], bias[:16], groups=16) == "onednn"
     assert served(x.contiguous(), weight, bias) == "reference"
     assert served(x, weight, bias, residual=residual.contiguous()) == "reference"
     assert served(x.double(), weight.double(), bias.double()) == "reference"

@@ -82,7 +82,7 @@ def built_with_cudnn(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         {"parameter_dtype": None, "residual_dtype": None, "residual_layout": None},
         {"layout": "contiguous", "residual_layout": "contiguous"},
         {"layout": "contiguous", "residual_layout": "both"},
-        {"tf32": True, "geometry": Geometry((2, 2), (1, 1), (2, 2), 4), "window_positions": 9, "group_outputs": 4},
+        {"tf32": True, "geometry": Geometry((2, 2), (1, 1), (2, 2), 4), "window_positions": 9, "group": (4, 4)},
     ],
 )
 def test_what_it_serves(changes: dict[str, Any]) -> None:

@@ -43,6 +43,14 @@ BOTH = (torch.float32, torch.bfloat16)
 in_both_dtypes = pytest.mark.parametrize("dtype", BOTH, ids=str)
 
 
+# several groups in a vector, whose number is no whole number of vectors
+BUNDLES = (
+    Shape(24, 24, groups=3, size=(11, 8)),
+    Shape(40, 40, groups=20, size=(9, 10), stride=(2, 2)),
+    Shape(256, 256, groups=32, size=(10, 9), stride=(1, 2), images=1),
+    Shape(20, 20, (1, 1), (5, 7), padding=(0, 0), groups=5, images=3),
+    Shape(36, 36, (3, 5), (9, 6), padding=(2, 2), dilation=(2, 1), groups=9),
+)
 DIRECT = (
     Shape(16, 32),
     Shape(64, 64, size=(14, 14), images=1),
@@ -68,6 +76,7 @@ DIRECT = (
     Shape(96, 144, groups=3, size=(7, 6), stride=(2, 2)),
     Shape(2048, 8, (1, 1), (3, 5), padding=(0, 0), groups=2),
     Shape(24, 24, groups=24, size=(10, 7)),
+    *BUNDLES,
     Shape(6, 12, (3, 3), (5, 5), groups=6, padding=(2, 2), dilation=(2, 2)),
     Shape(8, 16, images=0),
     Shape(600, 70, size=(12, 13), images=1),
@@ -184,6 +193,14 @@ def test_any_channels_and_any_windows_are_the_formula_in_fp64(windows, inputs, o
 
 
 @whatever_it_thinks_of
+@hypothesis.given(any_windows(), st.sampled_from((2, 4, 8)), CHANNELS, st.integers(1, 3), st.sampled_from(BOTH))
+def test_any_groups_of_few_channels_are_the_formula_in_fp64(windows, channels, groups, images, dtype):
+    shape = Shape(channels * groups, channels * groups, *windows, groups=groups, images=images)
+    case = Case(shape, 0, act=1, residual=True, dtype=dtype, scale=True)
+    assert_close(case.found(), case.expected(), case)
+
+
+@whatever_it_thinks_of
 @hypothesis.given(
     any_windows(), CHANNELS, CHANNELS, st.sampled_from((2, 4, 7)), st.integers(1, 3), st.sampled_from(BOTH)
 )
@@ -220,7 +237,7 @@ def test_the_result_may_take_the_residuals_place(shape, dtype):
         Shape(20, 33, size=(11, 9), images=1),
         Shape(19, 33, size=(11, 9), images=1),
         Shape(3, 33, (7, 7), (21, 19), (2, 2), (3, 3), images=1),
-        Shape(32, 32, groups=8, size=(11, 9), images=1),
+        *(Shape(32, 32, groups=groups, size=(11, 9), images=1) for groups in (2, 4, 8, 16)),
         *(Shape(20, 33, size=(11, 9), images=2, tile=tile) for tile in (2, 4, 7)),
     ],
     ids=repr,
@@ -265,7 +282,12 @@ def test_in_bfloat16_the_error_is_eagers_at_most(tile):
         assert found <= eager, (inputs, size, found / eager)
 
 
-SHARED = Shape(48, 80, size=(30, 29)), Shape(48, 80, size=(30, 29), tile=7), Shape(48, 80, size=(2, 9), tile=2)
+SHARED = (
+    Shape(48, 80, size=(30, 29)),
+    Shape(48, 48, size=(30, 29), groups=12),
+    Shape(48, 80, size=(30, 29), tile=7),
+    Shape(48, 80, size=(2, 9), tile=2),
+)
 
 
 @in_both_dtypes
@@ -356,9 +378,9 @@ def test_what_the_kernels_cant_read_is_refused():
 
 @in_both_dtypes
 @pytest.mark.parametrize("tile", [1, 4])
-@pytest.mark.parametrize("inputs", [5, 8])
-def test_opcheck_without_exemptions(inputs, tile, dtype):
-    shape = Shape(inputs, 20, size=(9, 7), tile=tile)
+@pytest.mark.parametrize("inputs, outputs", [(5, 20), (8, 20), (8, 16)])
+def test_opcheck_without_exemptions(inputs, outputs, tile, dtype):
+    shape = Shape(inputs, outputs, size=(9, 7), tile=tile)
     if tile == 1:
         shape = replace(shape, inputs=2 * inputs, groups=2, stride=(2, 1), padding=(0, 2), dilation=(1, 2))
     case = Case(shape, 0, act=1, residual=True, dtype=dtype, scale=True)

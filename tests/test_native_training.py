@@ -293,7 +293,7 @@ def test_the_kernels_are_asked_where_they_save_work(monkeypatch):
         "one group": {"geometry": Geometry(padding=(1, 1), groups=2)},
         "contiguous in memory": {"layout": "contiguous"},
         "torch.compile": {"compiling": True},
-        "a group here has 2": {"group_outputs": 2},
+        "or 8, and a group here has 2": {"group": (4, 2)},
         "for cuda tensors": {"device": "cuda"},
     }
     elsewhere = (

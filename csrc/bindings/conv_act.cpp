@@ -15,7 +15,8 @@ namespace fusedres {
 namespace {
 
 ConvWeights shape_of(DType dtype, const Tensor& weight, int64_t groups, int64_t tile) {
-  return {dtype, groups, weight.size(1), weight.size(0) / groups, weight.size(2), weight.size(3), tile};
+  return ConvWeights::of(dtype, groups, weight.size(1), weight.size(0) / groups, weight.size(2),
+                         weight.size(3), tile);
 }
 
 // The tile that weights were packed for: a larger one takes more room.

@@ -1,8 +1,9 @@
 #include "conv_act.h"
 #include "pieces.h"
 
-#if defined(FUSEDRES_TILES)
 #include "isa.h"
+
+#if defined(FUSEDRES_TILES)
 #include "tiles.h"
 #endif
 
@@ -168,7 +169,8 @@ const T* ConvTile<T>::tap(const T* x_row, int64_t column, int64_t slot) const {
 
 template <class T>
 void ConvTile<T>::compute(int64_t group, int64_t block, const T* weights, const T* next_weights) const {
-  const ConvRows<T> rows{begin_, pitch_, group * (op_.inputs / op_.groups), taps_, aligned_, next_weights};
+  const ConvRows<T> rows{begin_,       pitch_,         weights_.source(group, block), taps_, aligned_,
+                         next_weights, weights_.bundle};
   const int64_t width = weights_.width(block);
   products_.compute(rows, widened(weights, width), width, group, block, pixel_, count_);
 }
@@ -179,7 +181,7 @@ template <class T>
 void conv_direct(const ConvAct& op) {
   const ConvWeights weights = weights_of(op);
   const int64_t pixels = op.images * op.rows.outputs * op.columns.outputs;
-  const int64_t tile = tile_pixels<T>(op, pixels), blocks = op.groups * weights.blocks();
+  const int64_t tile = tile_pixels<T>(op, pixels), blocks = weights.groups * weights.blocks();
   const bool fetches = weights.direct(0, 1) * size_of(op.dtype) > kKeptBytes;
   auto weights_at = [&](int64_t block) {
     return static_cast<const T*>(op.weights) +
@@ -223,6 +225,10 @@ template class ConvTile<BFloat16>;
 
 void conv_act(const ConvAct& op) {
   if (op.images == 0) return;
+#if defined(__AVX512BF16__) && !defined(FUSEDRES_WIDENED)
+  if (weights_of(op).bundle)
+    return avx512_widened::conv_act(op);  // lanes of float32 change places, not pairs
+#endif
 #if !defined(__AVX512BF16__)
   if (op.dtype == DType::kFloat32) return conv_act_of<float>(op);
 #endif

@@ -172,7 +172,41 @@ void multiply(const ConvRows<T>& from, const T* weights, int64_t block_width, co
   finish(sums, to, rows);
 }
 
-template <int kVectors, class T>
+// The same of a bundle, of one vector of outputs: what they read of x lies beside one another, each group's
+// inputs where its outputs are. They stay in registers.
+template <int kCount, bool kWhole, class T>
+void multiply_bundle(const ConvRows<T>& from, const T* weights, int64_t width, const ConvResult<T>& to,
+                     int64_t rows) {
+  using P = Product<T>;
+  const int bundle = static_cast<int>(from.bundle), channels = static_cast<int>(to.channels);
+  LaneNumbers first;  // by lane, its group's; a bundle is a power of 2
+  for (int lane = 0; lane < kLanes; ++lane) first[lane] = lane & -bundle;
+  Vec<float> sums[kCount][1] = {};
+  for (int64_t tap = 0; tap < from.taps; ++tap) {
+    Vec<float> x[kCount];
+#pragma GCC unroll 16
+    for (int row = 0; row < kCount; ++row) {
+      const float* const values = from.begin[tap * from.pitch + row] + from.offset;
+      if constexpr (kWhole)
+        x[row] = load(values, AllLanes{});
+      else
+        x[row] = load(values, FirstLanes{channels});
+    }
+    for (int k = 0; k < bundle; k += P::kInputs, weights += width * P::kInputs)
+#pragma GCC unroll 2
+      for (int part = 0; part < P::kParts && k + part < bundle; ++part) {
+        const typename P::Operand w = P::weights(weights, part);
+        const LaneNumbers own = first + (k + part);
+#pragma GCC unroll 16
+        for (int row = 0; row < kCount; ++row) sums[row][0] = P::add(sums[row][0], shuffle(x[row], own), w);
+      }
+  }
+  finish(sums, to, rows);
+}
+
+enum class Inputs { kShared, kOwn, kOwnOfFew };  // of outputs; the last of fewer than a vector has
+
+template <int kVectors, Inputs kInputs, class T>
 void multiply_all(ConvRows<T> from, const T* weights, int64_t width, ConvResult<T> to, int64_t count) {
   constexpr int kMany = kRows * 5 / 6, kSome = kRows * 2 / 3, kFew = (kRows + 2) / 3;
   // Groups of about one size: 49 rows are 5 of 10.
@@ -180,7 +214,11 @@ void multiply_all(ConvRows<T> from, const T* weights, int64_t width, ConvResult<
   Ahead<T> ahead{from.next_weights, ceil_div(width, groups)};
   auto multiply_group = [&](auto size) FUSEDRES_INLINE_LAMBDA {
     constexpr int kCount = decltype(size)::value;
-    multiply<kCount, kVectors>(from, weights, width, to, minimum<int64_t>(kCount, count), ahead);
+    const int64_t some = minimum<int64_t>(kCount, count);
+    if constexpr (kInputs == Inputs::kShared)
+      multiply<kCount, kVectors>(from, weights, width, to, some, ahead);
+    else
+      multiply_bundle<kCount, kInputs == Inputs::kOwn>(from, weights, width, to, some);
     from.begin += kCount;
     to.y += kCount * to.stride;
     if (to.residual) to.residual += kCount * to.stride;
@@ -200,27 +238,36 @@ void multiply_all(ConvRows<T> from, const T* weights, int64_t width, ConvResult<
   }
 }
 
+// As many vectors as one pass computes; `left` outputs of the block are packed from here on.
+template <class T>
+FUSEDRES_INLINE void multiply_vectors(const ConvRows<T>& from, const T* weights, int64_t left, int64_t width,
+                                      const ConvResult<T>& to, int64_t count) {
+  if constexpr (std::is_same_v<Value<T>, float>)
+    if (from.bundle)
+      return to.channels < kLanes ? multiply_all<1, Inputs::kOwnOfFew>(from, weights, width, to, count)
+                                  : multiply_all<1, Inputs::kOwn>(from, weights, width, to, count);
+  if (left >= 2 * kLanes) return multiply_all<2, Inputs::kShared>(from, weights, width, to, count);
+  multiply_all<1, Inputs::kShared>(from, weights, width, to, count);
+}
+
 }  // namespace
 
 template <class T>
 void conv_block(const ConvRows<T>& rows, const T* weights, int64_t width, const ConvResult<T>& to,
                 int64_t count) {
-  constexpr int64_t kStep = 2 * kLanes;
-  static_assert(kStep <= ConvWeights::kWidth);
+  static_assert(2 * kLanes <= ConvWeights::kWidth);
+  const int64_t step = rows.bundle ? kLanes : 2 * kLanes;
   ConvRows<T> from = rows;
   ConvResult<T> part = to;
-  for (int64_t channel = 0; channel < minimum(width, to.channels); channel += kStep) {
-    part.channels = minimum(kStep, to.channels - channel);
-    const T* const w = weights + channel * Product<T>::kInputs;
-    if (width - channel >= kStep)
-      multiply_all<2>(from, w, width, part, count);
-    else
-      multiply_all<1>(from, w, width, part, count);
+  for (int64_t channel = 0; channel < minimum(width, to.channels); channel += step) {
+    part.channels = minimum(step, to.channels - channel);
+    multiply_vectors(from, weights + channel * Product<T>::kInputs, width - channel, width, part, count);
     from.next_weights = nullptr;
-    part.y += kStep;
-    if (part.bias) part.bias += kStep;
-    if (part.scale) part.scale += kStep;
-    if (part.residual) part.residual += kStep;
+    if (rows.bundle) from.offset += step;
+    part.y += step;
+    if (part.bias) part.bias += step;
+    if (part.scale) part.scale += step;
+    if (part.residual) part.residual += step;
   }
 }
 

@@ -29,6 +29,7 @@ struct ConvRows {
   int64_t taps;
   int64_t run;
   const T* next_weights = nullptr;  // as many again, which come into the cache meanwhile; or null
+  int64_t bundle = 0;               // every output has inputs of its own: its group's, of so many channels
 };
 
 // y = act(sum * scale + bias + residual), for the first `channels` of the block.

@@ -6,14 +6,14 @@
 namespace fusedres::FUSEDRES_ISA {
 
 inline ConvWeights weights_of(const ConvAct& op) {
-  return {op.dtype,          op.groups, op.inputs / op.groups, op.outputs / op.groups, op.rows.kernel,
-          op.columns.kernel, op.tile};
+  return ConvWeights::of(op.dtype, op.groups, op.inputs / op.groups, op.outputs / op.groups, op.rows.kernel,
+                         op.columns.kernel, op.tile);
 }
 
 // The result of a block of channels of y's pixels from `pixel` on.
 template <class T>
 ConvResult<T> result_of(const ConvAct& op, int64_t pixel, int64_t group, int64_t block) {
-  const int64_t outputs = op.outputs / op.groups, within = block * ConvWeights::kWidth;
+  const int64_t outputs = weights_of(op).outputs, within = block * ConvWeights::kWidth;
   const int64_t channel = group * outputs + within, at = pixel * op.outputs + channel;
   return {op.bias ? op.bias + channel : nullptr,
           op.residual ? static_cast<const T*>(op.residual) + at : nullptr,

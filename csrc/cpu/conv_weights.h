@@ -7,6 +7,9 @@
 // of a window lies in one run in memory: the inputs of a pixel, or of a row of pixels where there are few
 // inputs. A step is what one product takes: one float32 or two bfloat16. Winograd's form has no groups, and
 // 3x3 windows.
+//
+// Groups of so few channels that several fill a vector are a bundle: they are packed as one group of all
+// outputs, each with the inputs of its own group.
 #pragma once
 
 #include "../params.h"
@@ -23,14 +26,26 @@ struct ConvWeights {
   int64_t outputs;  // of a group
   int64_t rows;     // of a window
   int64_t columns;
-  int64_t tile;  // the side of Winograd's tiles of y, 1: none
+  int64_t tile;        // the side of Winograd's tiles of y, 1: none
+  int64_t bundle = 0;  // channels of each group that was, if they are a bundle
+
+  // `outputs` of a group.
+  static ConvWeights of(DType dtype, int64_t groups, int64_t inputs, int64_t outputs, int64_t rows,
+                        int64_t columns, int64_t tile) {
+    const bool few = inputs == outputs && (outputs == 2 || outputs == 4 || outputs == 8);
+    if (groups > 1 && few) return {dtype, 1, inputs, groups * outputs, rows, columns, tile, inputs};
+    return {dtype, groups, inputs, outputs, rows, columns, tile};
+  }
 
   int64_t padded() const { return (outputs + kPanel - 1) / kPanel * kPanel; }
   int64_t blocks() const { return (padded() + kWidth - 1) / kWidth; }
   int64_t width(int64_t block) const { return padded() - block * kWidth < kWidth ? kPanel : kWidth; }
   int64_t side() const { return tile > 1 ? tile + 2 : 0; }  // of a transformed tile
 
-  bool flat() const { return groups == 1 && columns > 1 && inputs < kPanel; }
+  // The first channel of x that a block's first output reads.
+  int64_t source(int64_t group, int64_t block) const { return bundle ? block * kWidth : group * inputs; }
+
+  bool flat() const { return groups == 1 && !bundle && columns > 1 && inputs < kPanel; }
   int64_t taps() const { return flat() ? rows : rows * columns; }
   int64_t run() const { return flat() ? columns * inputs : inputs; }  // of a tap
   int64_t step() const { return dtype == DType::kBFloat16 ? 2 : 1; }

@@ -45,6 +45,21 @@ FUSEDRES_INLINE Vec<double> load(const double* p, AllLanes) {
   return v;
 }
 
+typedef int32_t LaneNumbers __attribute__((vector_size(sizeof(float) * Vec<float>::kLanes)));
+
+// Lane l is v's lane from[l].
+FUSEDRES_INLINE Vec<float> shuffle(Vec<float> v, LaneNumbers from) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_permutexvar_ps(bit_cast<__m512i>(from), bit_cast<__m512>(v)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<float>>(_mm256_permutevar8x32_ps(bit_cast<__m256>(v), bit_cast<__m256i>(from)));
+#else
+  Vec<float> shuffled{};
+  for (int lane = 0; lane < Vec<float>::kLanes; ++lane) shuffled.v[lane] = v.v[from[lane]];
+  return shuffled;
+#endif
+}
+
 typedef uint16_t Halves __attribute__((vector_size(2 * Vec<float>::kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * Vec<float>::kLanes)));
 

@@ -79,9 +79,9 @@ class Geometry(NamedTuple):
         stride, padding, dilation = ((rows, columns) for rows, columns in (stride, padding, dilation))
         return cls(stride, padding, dilation)
 
-    def group_outputs(self, outputs: int) -> int:
-        """What a request tells of the groups."""
-        return outputs // self.groups if self.groups > 1 else 0
+    def group(self, weight: Sequence[int]) -> tuple[int, int]:
+        """What a request tells of the groups, from the weight's sizes."""
+        return (weight[1], weight[0] // self.groups) if self.groups > 1 else (0, 0)
 
     def output_size(self, kernel: tuple[int, int], height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the result; less than 1 where the kernel doesn't fit."""
@@ -127,7 +127,7 @@ class Request(NamedTuple):
     compiling: bool = False
     window_positions: int = 0  # values that one window of a max-pool compares, or of conv_act multiplies
     wants_gradient: bool = False
-    group_outputs: int = 0  # output channels of a convolution's group, if it has several
+    group: tuple[int, int] = (0, 0)  # input and output channels of a convolution's group, if it has several
     sizes: tuple[int, ...] = ()  # of what a training step convolves,
     weight_sizes: tuple[int, ...] = ()  # with this
     geometry: Geometry | None = None  # of any convolution

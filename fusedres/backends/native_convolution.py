@@ -59,8 +59,10 @@ for _schema in SCHEMAS:
 
 def _fake_pack(weight: Tensor, groups: int, tile: int) -> Tensor:
     outputs, inputs, rows, columns = weight.shape
-    padded = -(-(outputs // groups) // _PANEL) * _PANEL
     flat = groups == 1 and columns > 1 and inputs < _PANEL
+    if groups > 1 and _is_bundle(inputs, outputs // groups):
+        groups = 1
+    padded = -(-(outputs // groups) // _PANEL) * _PANEL
     taps, run = (rows, columns * inputs) if flat else (rows * columns, inputs)
     step = 2 if weight.dtype is torch.bfloat16 else 1
     direct = groups * padded * taps * -(-run // step) * step
@@ -282,6 +284,12 @@ def objection(request: Request) -> str | None:
     reason = request.disagreement()
     if reason is not None:
         return reason
-    if 0 < request.group_outputs < _PANEL:
-        return f"its vectors hold {_PANEL} output channels of one group, and a group here has {request.group_outputs}"
+    inputs, outputs = request.group
+    if 0 < outputs < _PANEL and not _is_bundle(inputs, outputs):
+        return f"its vectors hold {_PANEL} outputs of one group or several of 2, 4 or 8, and a group here has {outputs}"
     return None
+
+
+def _is_bundle(inputs: int, outputs: int) -> bool:
+    """Whether groups of so many channels fill a vector together."""
+    return inputs == outputs and outputs in (2, 4, 8)

@@ -220,7 +220,7 @@ def _request(operation: Convolve, mode: Mode) -> Request:
         act=operation.act.name,
         residual_dtype=residual[0],
         residual_layout=residual[1],
-        group_outputs=operation.geometry.group_outputs(operation.conv.out_channels),
+        group=operation.geometry.group(operation.conv.weight.shape),
         window_positions=math.prod(operation.conv.kernel_size),
         geometry=operation.geometry,
         tf32=contract.multiplies_tf32(mode.dtype, mode.device.type),

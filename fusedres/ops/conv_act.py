@@ -61,7 +61,7 @@ def request(
     operands = [t for t in (x, weight, bias, residual) if t is not None]
     return contract.request("conv_act", x, residual, None, activation, weight.dtype)._replace(
         wants_gradient=torch.is_grad_enabled() and any(t.requires_grad for t in operands),
-        group_outputs=geometry.group_outputs(weight.shape[0]),
+        group=geometry.group(weight.shape),
         window_positions=weight.shape[2] * weight.shape[3],
         geometry=geometry,
         tf32=contract.multiplies_tf32(x.dtype, x.device.type),

@@ -126,7 +126,7 @@ def _convolution(source: Tensor, dtype: torch.dtype, sizes: tuple[int, ...], ste
         IDENTITY.name,
         parameter_dtype=dtype,
         wants_gradient=True,
-        group_outputs=step.geometry.group_outputs(step.weight.shape[0]),
+        group=step.geometry.group(step.weight.shape),
         sizes=sizes,
         weight_sizes=concrete(step.weight.shape),
         geometry=step.geometry,

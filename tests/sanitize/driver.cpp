@@ -169,15 +169,13 @@ class Round {
   void conv_act() {
     const int64_t tile = pick<int64_t>({1, 1, 2, 4, 7}), images = 1 + draw(3);
     const ConvAxis rows = window(tile), columns = window(tile);
-    const int64_t groups = tile > 1 ? 1 : pick<int64_t>({1, 1, 3});
-    const ConvWeights weights{dtype_,
-                              groups,
-                              pick<int64_t>({1, 3, 16, 21, 1024}),
-                              pick<int64_t>({1, 7, 16, 33, 70}),
-                              rows.kernel,
-                              columns.kernel,
-                              tile};
-    const int64_t inputs = groups * weights.inputs, outputs = groups * weights.outputs;
+    const int64_t groups = tile > 1 ? 1 : pick<int64_t>({1, 1, 3, 9});
+    const bool few = groups > 1 && draw(2);
+    const int64_t of_group = few ? pick<int64_t>({2, 4, 8}) : pick<int64_t>({1, 3, 16, 21, 1024});
+    const ConvWeights weights =
+        ConvWeights::of(dtype_, groups, of_group, few ? of_group : pick<int64_t>({1, 7, 16, 33, 70}),
+                        rows.kernel, columns.kernel, tile);
+    const int64_t inputs = groups * weights.inputs, outputs = weights.groups * weights.outputs;
     const int64_t filter = weights.inputs * rows.kernel * columns.kernel,
                   bytes = weights.elements() * size_of(dtype_);
     const PlainWeight weight{arrays_.filled(outputs * filter, dtype_),
