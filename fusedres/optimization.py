@@ -93,7 +93,8 @@ def optimize(model: nn.Module, example: Tensor | None = None, *, cuda_graph: boo
     The plan is made at the first call. Intermediate results lie in memory of the plan's own, one piece for each thread
     at a time, until unoptimize; the output never does. Every call looks whether a parameter, buffer, child, hook or
     setting is another than then, and if so makes the plan anew; what is written through a parameter's `.data` can't be
-    seen. Where a forward is no provable chain, the chains and blocks in it are optimized by themselves.
+    seen. Where a forward is no provable chain, the chains and blocks in it are optimized by themselves. A copy of the
+    model is optimized too, with a plan of its own; a pickle loads as a plain model, with or without fusedres.
 
     Args:
         model: plain or fused, in eval mode.

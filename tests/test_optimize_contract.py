@@ -77,6 +77,15 @@ def test_export_gives_eagers_operations(strict: bool) -> None:
     assert [node.target for node in exported[0].nodes] == [node.target for node in exported[1].nodes]
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_takes_a_dynamic_batch(strict: bool) -> None:
+    model, eager = pair()
+    sizes = ({0: torch.export.Dim("n")},)
+    exported = torch.export.export(model, (images(),), dynamic_shapes=sizes, strict=strict).module()
+    for x in (images(), torch.cat([images(), images()]), images()[:1]):
+        assert torch.equal(exported(x), eager(x))
+
+
 def test_scripting_reads_the_original() -> None:
     model, eager = pair()
     x = images()
