@@ -204,9 +204,9 @@ void multiply_bundle(const ConvRows<T>& from, const T* weights, int64_t width, c
   finish(sums, to, rows);
 }
 
-enum class Inputs { kShared, kOwn, kOwnOfFew };  // of outputs; the last of fewer than a vector has
+enum class Reads { kShared, kOwn, kOwnOfFew };  // of outputs; the last of fewer than a vector has
 
-template <int kVectors, Inputs kInputs, class T>
+template <int kVectors, Reads kReads, class T>
 void multiply_all(ConvRows<T> from, const T* weights, int64_t width, ConvResult<T> to, int64_t count) {
   constexpr int kMany = kRows * 5 / 6, kSome = kRows * 2 / 3, kFew = (kRows + 2) / 3;
   // Groups of about one size: 49 rows are 5 of 10.
@@ -215,10 +215,10 @@ void multiply_all(ConvRows<T> from, const T* weights, int64_t width, ConvResult<
   auto multiply_group = [&](auto size) FUSEDRES_INLINE_LAMBDA {
     constexpr int kCount = decltype(size)::value;
     const int64_t some = minimum<int64_t>(kCount, count);
-    if constexpr (kInputs == Inputs::kShared)
+    if constexpr (kReads == Reads::kShared)
       multiply<kCount, kVectors>(from, weights, width, to, some, ahead);
     else
-      multiply_bundle<kCount, kInputs == Inputs::kOwn>(from, weights, width, to, some);
+      multiply_bundle<kCount, kReads == Reads::kOwn>(from, weights, width, to, some);
     from.begin += kCount;
     to.y += kCount * to.stride;
     if (to.residual) to.residual += kCount * to.stride;
@@ -244,10 +244,10 @@ FUSEDRES_INLINE void multiply_vectors(const ConvRows<T>& from, const T* weights,
                                       const ConvResult<T>& to, int64_t count) {
   if constexpr (std::is_same_v<Value<T>, float>)
     if (from.bundle)
-      return to.channels < kLanes ? multiply_all<1, Inputs::kOwnOfFew>(from, weights, width, to, count)
-                                  : multiply_all<1, Inputs::kOwn>(from, weights, width, to, count);
-  if (left >= 2 * kLanes) return multiply_all<2, Inputs::kShared>(from, weights, width, to, count);
-  multiply_all<1, Inputs::kShared>(from, weights, width, to, count);
+      return to.channels < kLanes ? multiply_all<1, Reads::kOwnOfFew>(from, weights, width, to, count)
+                                  : multiply_all<1, Reads::kOwn>(from, weights, width, to, count);
+  if (left >= 2 * kLanes) return multiply_all<2, Reads::kShared>(from, weights, width, to, count);
+  multiply_all<1, Reads::kShared>(from, weights, width, to, count);
 }
 
 }  // namespace
