@@ -170,6 +170,7 @@ def in_process(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 FORMULA_TESTS = (
     "test_native.py",
     "test_native_convolution.py",
+    "test_native_windows.py",
     "test_native_training.py",
     "test_native_training_bf16.py",
     "test_native_dweight.py",

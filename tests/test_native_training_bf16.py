@@ -10,9 +10,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from eager import pair, sample
-from test_native_convolution import BOTH, CHANNELS, any_windows, whatever_it_thinks_of
+from test_native_convolution import BOTH
 from test_native_dweight import MOST_ERROR
 from test_native_training import operators
+from test_native_windows import CHANNELS, any_windows, whatever_it_thinks_of
 from training_steps import channels_last, relative_error
 
 from fusedres import dispatch
