@@ -15,6 +15,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before the group: when DDP imports it, its default arguments keep the group for ever
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -79,7 +80,7 @@ def main() -> int:
     try:
         difference = train(options, device)
     finally:
-        dist.destroy_process_group()  # when nothing refers to it any more: its threads end here, not with Python
+        dist.destroy_process_group()  # when nothing refers to it any more: its threads end here, not after Python
     return int(difference != 0)
 
 
