@@ -168,9 +168,10 @@ const T* ConvTile<T>::tap(const T* x_row, int64_t column, int64_t slot) const {
 }
 
 template <class T>
-void ConvTile<T>::compute(int64_t group, int64_t block, const T* weights, const T* next_weights) const {
-  const ConvRows<T> rows{begin_,       pitch_,         weights_.source(group, block), taps_, aligned_,
-                         next_weights, weights_.bundle};
+void ConvTile<T>::compute(int64_t group, int64_t block, const T* weights, const T* next_weights,
+                          bool cold) const {
+  const ConvRows<T> rows{begin_, pitch_,         weights_.source(group, block), taps_, aligned_, next_weights,
+                         cold,   weights_.bundle};
   const int64_t width = weights_.width(block);
   products_.compute(rows, widened(weights, width), width, group, block, pixel_, count_);
 }
@@ -193,10 +194,12 @@ void conv_direct(const ConvAct& op) {
     int64_t placed = -1;
     for (int64_t i = pieces.next(); i >= 0; i = pieces.next()) {
       const int64_t first = i / blocks * tile, block = i % blocks;
-      if (first != placed) at.place(first, minimum(tile, pixels - first));
+      const bool is_first = first != placed;
+      if (is_first) at.place(first, minimum(tile, pixels - first));
       placed = first;
+      const int64_t group = block / weights.blocks(), of_group = block % weights.blocks();
       const T* const next = fetches ? weights_at((i + 1) % blocks) : nullptr;
-      at.compute(block / weights.blocks(), block % weights.blocks(), weights_at(block), next);
+      at.compute(group, of_group, weights_at(block), next, is_first || of_group == 0);
     }
   });
 }

@@ -19,7 +19,8 @@ class ConvTile {
 
   void place(int64_t pixel, int64_t count);
   // y's block of channels; meanwhile the next block's weights come into the cache.
-  void compute(int64_t group, int64_t block, const T* weights, const T* next_weights = nullptr) const;
+  void compute(int64_t group, int64_t block, const T* weights, const T* next_weights = nullptr,
+               bool cold = false) const;
 
  private:
   void align_rows();

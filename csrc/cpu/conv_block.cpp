@@ -103,10 +103,15 @@ FUSEDRES_INLINE void prefetch_result(const ConvResult<T>& to, int64_t row, int64
   if (to.residual) __builtin_prefetch(to.residual + row * to.stride + channel);
 }
 
-// One step of every row's sums; `value(row, part)` gives what of x it multiplies.
+// One step of every row's sums; `value(row, part)` gives what of x it multiplies. Meanwhile the weights of a
+// later step come into the first-level cache.
 template <class T, int kCount, int kVectors, class Value>
-FUSEDRES_INLINE void step(Vec<float> (&sums)[kCount][kVectors], const T* weights, const Value& value) {
+FUSEDRES_INLINE void step(Vec<float> (&sums)[kCount][kVectors], const T* weights, int64_t width,
+                          const Value& value) {
   using P = Product<T>;
+  constexpr int64_t kStepsAhead = 8, kLine = kLineBytes / int64_t{sizeof(T)};
+  for (int64_t i = 0; i < kVectors * kLanes * P::kInputs; i += kLine)
+    __builtin_prefetch(weights + kStepsAhead * width * P::kInputs + i);
 #pragma GCC unroll 2
   for (int part = 0; part < P::kParts; ++part) {
     typename P::Operand w[kVectors];
@@ -149,22 +154,23 @@ void multiply(const ConvRows<T>& from, const T* weights, int64_t block_width, co
     for (int row = 0; row < kCount; ++row) x[row] = from.begin[tap * from.pitch + row] + from.offset;
     const Value<T>* const* const next = from.begin + tap * from.pitch + kCount;
     for (int64_t k = 0; k < whole;) {
+      if (from.cold)
 #pragma GCC unroll 16
-      for (int row = 0; row < kCount; ++row)
-        for (int64_t i = 0; i < kLine; i += kLineBytes / int64_t{sizeof(Value<T>)})
-          __builtin_prefetch(next[row] + from.offset + k + i);
+        for (int row = 0; row < kCount; ++row)
+          for (int64_t i = 0; i < kLine; i += kLineBytes / int64_t{sizeof(Value<T>)})
+            __builtin_prefetch(next[row] + from.offset + k + i);
       if (ahead.weights) {
         for (int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(ahead.weights + i * kLine);
         ahead.weights += width * kLine;
       }
       for (const int64_t end = minimum(k + kLine, whole); k < end;
            k += P::kInputs, weights += width * P::kInputs)
-        step<T>(sums, weights,
+        step<T>(sums, weights, width,
                 [&](int row, int part) FUSEDRES_INLINE_LAMBDA { return P::values(x[row] + k, part); });
     }
     if constexpr (P::kInputs > 1) {
       if (whole == from.run) continue;
-      step<T>(sums, weights,
+      step<T>(sums, weights, width,
               [&](int row, int part) FUSEDRES_INLINE_LAMBDA { return P::last(x[row] + whole, part); });
       weights += width * P::kInputs;
     }

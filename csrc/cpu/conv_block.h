@@ -29,6 +29,7 @@ struct ConvRows {
   int64_t taps;
   int64_t run;
   const T* next_weights = nullptr;  // as many again, which come into the cache meanwhile; or null
+  bool cold = false;                // not yet in the second-level cache: the next rows come meanwhile
   int64_t bundle = 0;               // every output has inputs of its own: its group's, of so many channels
 };
 

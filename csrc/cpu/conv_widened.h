@@ -48,9 +48,11 @@ class WidenedTile {
   }
 
   // y's block of channels; meanwhile the next block's weights come into the cache.
-  void compute(int64_t group, int64_t block, const T* weights, const T* next_weights = nullptr) const {
-    const ConvRows<T> rows{begin_,       pitch_,         weights_.source(group, block), taps_, weights_.run(),
-                           next_weights, weights_.bundle};
+  void compute(int64_t group, int64_t block, const T* weights, const T* next_weights = nullptr,
+               bool = false) const {
+    const ConvRows<T> rows{begin_, pitch_,         weights_.source(group, block),
+                           taps_,  weights_.run(), next_weights,
+                           false,  weights_.bundle};
     products_.compute(rows, weights, weights_.width(block), group, block, pixel_, count_);
   }
 
