@@ -199,7 +199,6 @@ void multiply_bundle(const ConvRows<T>& from, const T* weights, int64_t width, c
         x[row] = load(values, FirstLanes{channels});
     }
     for (int k = 0; k < bundle; k += P::kInputs, weights += width * P::kInputs)
-#pragma GCC unroll 2
       for (int part = 0; part < P::kParts && k + part < bundle; ++part) {
         const typename P::Operand w = P::weights(weights, part);
         const LaneNumbers own = first + (k + part);
