@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -79,30 +78,30 @@ def test_serving(dtype):
     assert apart < {"fp32": 1e-4, "bf16": 0.05}[dtype]
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch is built without gloo")
-def test_two_processes():
-    words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, EXAMPLES / "ddp.py")
-    printed = run(*words, "--size", 32, "--batch", 2, "--steps", 2, "--sync-bn")
-    assert "9 fused on each of 2 processes; parameters differ by 0.0" in printed
-
-
-THREADS = """
-import os, sys
+TRAIN = """
+import glob, sys, weakref
+from pathlib import Path
 import ddp
 
-ddp.main()
-names = [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]
-print([name for name in names if "gloo" in name])
+def destroy():
+    global group
+    group = weakref.ref(ddp.dist.group.WORLD)
+    destroy_group()
+
+destroy_group, ddp.dist.destroy_process_group = ddp.dist.destroy_process_group, destroy
+differs = ddp.main()
+threads = [Path(name).read_text().strip() for name in glob.glob("/proc/self/task/*/comm")]
+sys.stdout.write(f"left: {group()} {[name for name in threads if 'gloo' in name]}\\n")  # in one piece
+sys.exit(differs)
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch is built without gloo")
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed as on Linux")
-def test_no_thread_of_a_process_group_outlives_it():
-    """One that does may need the interpreter when that is gone, which aborts the process now and then."""
-    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "PYTHONPATH": f"{EXAMPLES}:{EXAMPLES.parent}"}
-    words = ("-c", THREADS, "--size", 32, "--batch", 2, "--steps", 1)
-    assert run(*words, **one, **meeting).splitlines()[-1] == "[]"
+def test_two_processes():
+    """None leaves its group behind: that one's threads may need the interpreter when it is gone, and abort."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--no-python")
+    sizes = ("--size", 32, "--batch", 2, "--steps", 2, "--sync-bn")
+    paths = os.pathsep.join(map(str, (EXAMPLES, EXAMPLES.parent)))
+    printed = run(*launch, sys.executable, "-c", TRAIN, *sizes, PYTHONPATH=paths)
+    assert "9 fused on each of 2 processes; parameters differ by 0.0" in printed
+    assert printed.count("left: None []") == 2, printed

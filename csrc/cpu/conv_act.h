@@ -18,7 +18,8 @@ class ConvTile {
   ConvTile(const ConvAct& op, int64_t most_pixels, Arena& arena);
 
   void place(int64_t pixel, int64_t count);
-  // y's block of channels; meanwhile the next block's weights come into the cache.
+  // y's block of channels; meanwhile the next block's weights come into the cache, and the next rows of x if
+  // they are cold.
   void compute(int64_t group, int64_t block, const T* weights, const T* next_weights = nullptr,
                bool cold = false) const;
 

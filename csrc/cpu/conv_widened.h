@@ -47,7 +47,7 @@ class WidenedTile {
       for (int64_t i = count; i < ceil_div(count, kRows) * kRows; ++i) begin_[tap * pitch_ + i] = zeros_;
   }
 
-  // y's block of channels; meanwhile the next block's weights come into the cache.
+  // y's block of channels; meanwhile the next block's weights come into the cache. Copies are never cold.
   void compute(int64_t group, int64_t block, const T* weights, const T* next_weights = nullptr,
                bool = false) const {
     const ConvRows<T> rows{begin_, pitch_,         weights_.source(group, block),
